@@ -1,0 +1,71 @@
+"""One forward of the renderer at the 1.3B widths against stock diffusers with the same weights.
+
+12 heads x 128, feed-forward 8960, two layers, one video of 3120 tokens (1 x 60 x 52 latents), 512 text tokens. About
+nine tenths of it are matrix products and attention, which are the same library calls on both sides; what differs is
+everything between them. Text keys and values are computed inside the timed call on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bernini.kernels import Segment, SegmentLayout
+from bernini.renderer.config import RendererConfig
+from bernini.renderer.latents import patchify
+from bernini.renderer.model import KEEP_IN_FP32, Renderer
+
+from .harness import Row, compare
+
+CONFIG = RendererConfig(num_attention_heads=12, num_layers=2, ffn_dim=8960)
+LATENT = (16, 2, 60, 104)
+BAR = 0.97
+
+
+def sides(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """(ours, diffusers'), both returning the velocity of the same latent."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    config = {key: value for key, value in CONFIG.to_dict().items() if key != "_class_name"}
+    theirs = WanTransformer3DModel(**config).eval()
+    ours = Renderer(CONFIG).eval()
+    ours.load_state_dict(theirs.state_dict())
+    for model in (ours, theirs):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(False)
+            if not any(part in name.split(".") for part in KEEP_IN_FP32):
+                parameter.data = parameter.data.to(dtype)
+    latent, text = torch.randn(LATENT), torch.randn(512, CONFIG.text_dim).to(dtype)
+    tokens, time = patchify(latent, CONFIG.patch_size).to(dtype), torch.tensor([500])
+    layout = SegmentLayout([Segment("target", (LATENT[1], LATENT[2] // 2, LATENT[3] // 2))])
+    batch = latent[None].to(dtype)
+
+    def run_ours() -> Tensor:
+        return ours(tokens, layout, time, ours.text_context(text))
+
+    def run_theirs() -> Tensor:
+        return theirs(batch, time, text[None], return_dict=False)[0]
+
+    return run_ours, run_theirs
+
+
+@torch.no_grad()
+def run() -> list[Row]:
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = sides(dtype)
+        rows.append(
+            compare(
+                "renderer forward, 1.3B widths, 2 layers",
+                ours,
+                theirs,
+                shape="3120 tokens x 1536",
+                dtype=str(dtype).removeprefix("torch."),
+                peer_name="diffusers WanTransformer3DModel",
+                bar=BAR,
+            )
+        )
+    return rows

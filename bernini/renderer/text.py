@@ -1,0 +1,53 @@
+"""Prompts -> text states, as the checkpoints were trained: cleaned, prefixed, UMT5, zero-padded to 512.
+
+The zero pads are part of the input: cross-attention sees all 512 positions (after the text projection the pads are
+not zero). Source: facts of the released model, section C.1.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_TEXT_TOKENS = 512
+
+
+def clean_prompt(text: str) -> str:
+    """Mends broken Unicode, resolves HTML entities twice, and collapses white space."""
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+class TextEncoder:
+    """A UMT5 tokenizer and encoder.
+
+    Args:
+        tokenizer: from ``transformers``, with a pad token.
+        model: ``UMT5EncoderModel``.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        self.tokenizer, self.model = tokenizer, model
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, *, prefix: str = "") -> Tensor:
+        """``[512, text_dim]``: states of ``prefix`` + cleaned ``prompt`` (no separator), zeros behind the last token.
+
+        Text beyond 512 tokens is cut off.
+        """
+        encoded = self.tokenizer(
+            prefix + clean_prompt(prompt),
+            max_length=MAX_TEXT_TOKENS,
+            truncation=True,
+            padding="max_length",
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        ids, mask = encoded.input_ids.to(self.model.device), encoded.attention_mask.to(self.model.device)
+        states = self.model(ids, mask).last_hidden_state[0]
+        return states * mask[0, :, None].to(states.dtype)

@@ -1,0 +1,103 @@
+"""A complete checkpoint with random weights, small enough for any machine, in the released Bernini-R layout."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import save_renderer, write_json
+from .renderer.config import RendererConfig
+from .renderer.model import Renderer
+
+SIZES = ("toy",)
+TEXT_DIM = 32
+RENDERER = RendererConfig(
+    num_attention_heads=2, attention_head_dim=32, num_layers=2, ffn_dim=128, text_dim=TEXT_DIM, freq_dim=64
+)
+VAE: dict[str, Any] = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
+SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "predict_x0": True,
+    "final_sigmas_type": "zero",
+    "lower_order_final": True,
+}
+ROOT = {
+    "model_type": "bernini_renderer",
+    "wan22_base": "",
+    "skip_transformer_1": False,
+    "skip_transformer_2": False,
+    "switch_dit_boundary": 0.875,
+    "max_sequence_length": 512,
+    "shift": 3.0,
+    "use_unipc": True,
+    "use_src_id_rotary_emb": True,
+}
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of single bytes with UMT5's special tokens: any text, no training, no file to fetch."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "</s>", "<unk>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate([*specials, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def write_toy(folder: str | Path, *, seed: int = 0) -> Path:
+    """Writes the checkpoint; the folder appears complete or not at all.
+
+    Raises:
+        FileExistsError: ``folder`` exists and is not empty.
+    """
+    from diffusers import AutoencoderKLWan
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already; choose a new folder or remove it first")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = byte_tokenizer()
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for expert in ("transformer", "transformer_2"):
+                save_renderer(Renderer(RENDERER), work / expert)
+            AutoencoderKLWan(**VAE).save_pretrained(work / "vae")
+            UMT5EncoderModel(text).save_pretrained(work / "text_encoder")
+        tokenizer.save_pretrained(work / "tokenizer")
+        (work / "scheduler").mkdir()
+        write_json(work / "scheduler" / "scheduler_config.json", SCHEDULER)
+        write_json(work / "config.json", ROOT)
+        work.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return folder

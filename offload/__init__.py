@@ -1,0 +1,1 @@
+"""See README.md: nothing lives here yet."""

@@ -1,0 +1,80 @@
+"""Makes the folder ``data``: the telling part of the golden sets, small enough to live in the repository.
+
+    python tests/golden/subset.py DIR        # DIR holds the full sets
+
+Keeps the tensors that ``KEEP`` names and all metadata; file names stay. Checkers check what is there, so a tensor
+left out only means one comparison less. A set is added by adding its files here and running this again.
+"""
+
+from __future__ import annotations
+
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+DATA = Path(__file__).with_name("data")
+LIMIT = 12 * 2**20  # bytes, all sets together
+
+# Patterns of tensor names by file; a pattern with a leading "-" drops what an earlier one kept.
+KEEP: dict[str, tuple[str, ...]] = {
+    "preprocess": ("*",),
+    "guidance": ("*",),
+    # Every grid and id at the small head size, where t, h and w have unlike shares; a few at the real one.
+    "sa3d_rope": (
+        "ids.*",
+        "rope.d64.*.id[0135]",
+        "rope.*.n7.*",
+        "rope.d128.g3x4x6.id2",
+        "rope.d128.g2x6x4.id5",
+        "qk.d128.q*",
+        "qk.d64.factor",
+    ),
+    "renderer_forward_weights": ("*",),
+    # Left out: the 600 tokens long context, every second timestep, and what the target rows already tell.
+    "renderer_forward_cases": (
+        "*",
+        "-*text_long600*",
+        "-out.*.t37",
+        "-out.*.t875",
+        "-out_all_tokens.*.t999",
+        "out_all_tokens.videos2_images2.t999",
+        "-mid.*.block0",
+    ),
+    # The forwards only; the sampling runs would need the second expert.
+    "port_renderer_weights": ("transformer.*",),
+    "port_renderer_cases": ("*", "-sample.*", "-noise", "-text_neg"),
+}
+
+
+def kept(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether the last pattern that matches ``name`` keeps it."""
+    verdict = False
+    for pattern in patterns:
+        if fnmatchcase(name, pattern.removeprefix("-")):
+            verdict = not pattern.startswith("-")
+    return verdict
+
+
+def main(source: Path) -> int:
+    DATA.mkdir(exist_ok=True)
+    total = 0
+    for stem, patterns in KEEP.items():
+        with safe_open(str(source / f"{stem}.safetensors"), framework="pt") as file:
+            names = sorted(name for name in file.keys() if kept(name, patterns))  # noqa: SIM118, no mapping
+            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = file.metadata()
+        path = DATA / f"{stem}.safetensors"
+        save_file(tensors, str(path), metadata=metadata)
+        total += path.stat().st_size
+        print(f"{path.name}: {len(tensors)} tensors, {path.stat().st_size / 2**20:.2f} MiB")
+    print(f"together {total / 2**20:.2f} of at most {LIMIT / 2**20:.0f} MiB")
+    return int(total > LIMIT)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} DIR")
+    sys.exit(main(Path(sys.argv[1])))
