@@ -46,9 +46,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="F", help="write the rows to this file")
     parser.add_argument("--chart", type=Path, metavar="F.png", help="draw the rows into this file")
     parser.add_argument("--list", action="store_true", help="show the benchmarks and stop")
-    parser.add_argument(
-        "--default-malloc", action="store_true", help="measure with the C library's own malloc settings, without bars"
-    )
+    parser.add_argument("--measure", choices=["reuse", "default"], help=argparse.SUPPRESS)  # in the child, see `fresh`
     args = parser.parse_args(argv)
     if args.list:
         for name, module in BENCHMARKS.items():
@@ -61,23 +59,18 @@ def main(argv: Sequence[str]) -> int:
     for path in (args.json, args.chart):  # said now, not after minutes of measuring
         if path is not None and not path.resolve().parent.is_dir():
             parser.exit(2, f"bench_perf: {path}: the folder {path.parent} does not exist\n")
-    wanted = environment(args.default_malloc)
-    if wanted != dict(os.environ):  # malloc and OpenMP read theirs when a process starts
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, "-m", "bench_perf", *argv], wanted)
-    return run(args)
+    return measure(args) if args.measure else run(args)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measures in child processes and shows what they found."""
     from . import report
 
     rows: list[Row] = []
     for name in BENCHMARKS if args.name == "all" else [args.name]:
-        measured = importlib.import_module(BENCHMARKS[name]).run()
-        if args.default_malloc:
-            measured = [without_bar(row) for row in measured]
-        elif any(row.ratio is not None for row in measured):
-            measured += default_malloc_rows(name)
+        measured = fresh(name, "reuse")
+        if any(row.ratio is not None for row in measured):  # once more as any program allocates: told, not judged
+            measured += [without_bar(row) for row in fresh(name, "default") if row.ratio is not None]
         report.print_table(measured, f"bench_perf {name}")
         rows += measured
     chart = args.chart
@@ -92,19 +85,29 @@ def run(args: argparse.Namespace) -> int:
     return int(any(row.holds is False for row in rows))
 
 
-def without_bar(row: Row) -> Row:
-    return replace(row, name=f"{row.name} (default malloc)", bar=None, holds=None)
-
-
-def default_malloc_rows(name: str) -> list[Row]:
-    """The comparisons of a benchmark once more in a process that allocates as any program does: told, not judged."""
+def fresh(name: str, malloc: str) -> list[Row]:
+    """Runs one benchmark in a process of its own: malloc and OpenMP read their settings when a process starts, and
+    the idle threads of an earlier benchmark would go on spinning beside the next."""
     from . import report
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
-        command = [sys.executable, "-m", "bench_perf", name, "--default-malloc", "--json", str(path)]
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-        return [row for row in report.read_json(path) if row.ratio is not None]
+        command = [sys.executable, "-m", "bench_perf", name, "--measure", malloc, "--json", str(path)]
+        done = subprocess.run(command, env=environment(malloc == "default"), cwd=ROOT, check=False)
+        if done.returncode != 0:
+            raise SystemExit(f"bench_perf: {name} failed")
+        return report.read_json(path)
+
+
+def measure(args: argparse.Namespace) -> int:
+    from . import report
+
+    report.write_json(importlib.import_module(BENCHMARKS[args.name]).run(), args.json)
+    return 0
+
+
+def without_bar(row: Row) -> Row:
+    return replace(row, name=f"{row.name} (default malloc)", bar=None, holds=None)
 
 
 if __name__ == "__main__":

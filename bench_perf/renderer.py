@@ -31,13 +31,13 @@ def sides(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor
     torch.manual_seed(0)
     config = {key: value for key, value in CONFIG.to_dict().items() if key != "_class_name"}
     theirs = WanTransformer3DModel(**config).eval()
-    ours = Renderer(CONFIG).eval()
-    ours.load_state_dict(theirs.state_dict())
-    for model in (ours, theirs):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(False)
-            if not any(part in name.split(".") for part in KEEP_IN_FP32):
-                parameter.data = parameter.data.to(dtype)
+    for name, parameter in theirs.named_parameters():
+        if not any(part in name.split(".") for part in KEEP_IN_FP32):
+            parameter.data = parameter.data.to(dtype)
+    with torch.device("meta"):
+        ours = Renderer(CONFIG).eval()
+    # One copy of the weights for both: where a matrix lies in memory changes its product's time by a tenth here.
+    ours.load_state_dict(theirs.state_dict(), assign=True)
     latent, text = torch.randn(LATENT), torch.randn(512, CONFIG.text_dim).to(dtype)
     tokens, time = patchify(latent, CONFIG.patch_size).to(dtype), torch.tensor([500])
     layout = SegmentLayout([Segment("target", (LATENT[1], LATENT[2] // 2, LATENT[3] // 2))])
@@ -66,6 +66,7 @@ def run() -> list[Row]:
                 dtype=str(dtype).removeprefix("torch."),
                 peer_name="diffusers WanTransformer3DModel",
                 bar=BAR,
+                budget=80.0,  # seconds: the machine drifts by several percent over a few of these long calls
             )
         )
     return rows

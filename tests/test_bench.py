@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import io
@@ -263,22 +262,18 @@ def fake_benchmark(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator
     return rows
 
 
-def run(tmp_path: Path, default_malloc: bool) -> tuple[int, list[Any]]:
-    path = tmp_path / "rows.json"
-    options = {"name": "fake", "json": path, "chart": None, "default_malloc": default_malloc}
-    return main.run(argparse.Namespace(**options)), report.read_json(path)
-
-
-def test_comparisons_are_told_again_under_default_malloc(
-    fake_benchmark: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_child_measures_and_the_parent_judges(
+    fake_benchmark: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, child = run(tmp_path, default_malloc=True)
-    assert code == 0
-    assert {row.bar for row in child} == {row.holds for row in child} == {None}
-    monkeypatch.setattr(main, "default_malloc_rows", lambda name: [row for row in child if row.ratio is not None])
-    code, rows = run(tmp_path, default_malloc=False)
-    assert code == 1, "a bar does not hold"
-    assert [row.name for row in rows[4:]] == ["kernel (default malloc)", "slow kernel (default malloc)"]
+    path = tmp_path / "rows.json"
+    assert main.main(["fake", "--measure", "reuse", "--json", str(path)]) == 0
+    measured = report.read_json(path)
+    assert measured == fake_benchmark
+    monkeypatch.setattr(main, "fresh", lambda name, malloc: list(measured))
+    assert main.main(["fake", "--json", str(path)]) == 1, "a bar does not hold"
+    extra = report.read_json(path)[len(measured) :]
+    assert [row.name for row in extra] == ["kernel (default malloc)", "slow kernel (default malloc)"]
+    assert {row.bar for row in extra} == {row.holds for row in extra} == {None}
 
 
 # --- the workload ---------------------------------------------------------------------------------------------------
