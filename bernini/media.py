@@ -36,7 +36,7 @@ from .media_rules import make_divisible as make_divisible
 from .media_rules import resize_size as resize_size
 
 PathLike = str | os.PathLike[str]
-_CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+_CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
 _PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -81,12 +81,14 @@ def from_model(x_3FHW: Tensor) -> Tensor:
     """Float ``[3, F, H, W]`` in [-1, 1] to uint8 ``[F, H, W, 3]``; values outside are clamped.
 
     Raises:
-        ValueError: another shape, or values that are not finite.
+        ValueError: another shape. UserError: values that are not finite.
     """
     if x_3FHW.dim() != 4 or x_3FHW.shape[0] != 3 or not x_3FHW.is_floating_point():
         raise ValueError(f"from_model: expected float [3, F, H, W], got {x_3FHW.dtype} {list(x_3FHW.shape)}")
     if not bool(torch.isfinite(x_3FHW).all()):
-        raise ValueError("from_model: the video holds values that are not finite")
+        raise UserError(
+            "from_model: the video holds values that are not finite; smaller guidance scales or another dtype may help"
+        )
     levels = ((x_3FHW.detach().float() + 1.0) * 127.5).clamp_(0, 255).round_()
     return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
 
@@ -274,9 +276,21 @@ def _whole_or_nothing(path: Path, kinds: dict[str, str]) -> Iterator[tuple[Path,
             os.unlink(part)
 
 
-def check_output(path: PathLike) -> None:
-    """Raises now what :func:`write_video` would raise after hours of work: a bad suffix, a place not to be written."""
-    with suppress(_Probed), _whole_or_nothing(Path(path), _CONTAINERS):
+def is_picture(path: PathLike) -> bool:
+    """Whether the suffix is one of still images."""
+    return Path(path).suffix.lower() in _PICTURES
+
+
+def check_output(path: PathLike, frames: int = 1) -> None:
+    """Raises now what :func:`write_media` would raise after hours of work.
+
+    Raises:
+        MediaError: a bad suffix, that of a picture for more than one of ``frames``, or a place not to be written.
+    """
+    if is_picture(path) and frames > 1:
+        kinds = ", ".join(_CONTAINERS)
+        raise MediaError(f"{path}: {frames} frames do not fit into a picture; the suffixes of videos are {kinds}")
+    with suppress(_Probed), _whole_or_nothing(Path(path), _CONTAINERS | _PICTURES):
         raise _Probed
 
 
@@ -284,16 +298,34 @@ class _Probed(Exception):
     """Leaves a probe before anything is renamed."""
 
 
+def write_media(path: PathLike, clip: Clip) -> None:
+    """Writes a clip as its suffix says: :func:`write_video`, or :func:`write_image` for a single frame.
+
+    Raises:
+        MediaError: the file cannot be written, or a picture is asked of more than one frame.
+    """
+    if not is_picture(path):
+        write_video(path, clip.frames, clip.fps)
+    elif len(clip.frames) == 1:
+        write_image(path, clip.frames[0])
+    else:
+        check_output(path, len(clip.frames))
+
+
 def write_video(path: PathLike, frames_FHW3: Tensor | NDArray[np.uint8], fps: float, crf: float = 8) -> None:
-    """Writes uint8 ``[F, H, W, 3]`` RGB as H.264 (yuv420p), which plays everywhere; ``.mp4``, ``.mov`` or ``.mkv``.
+    """Writes uint8 ``[F, H, W, 3]`` RGB.
+
+    ``.mp4``, ``.mov`` and ``.mkv`` become H.264 (yuv420p), which plays everywhere; ``.gif`` an endless animation with
+    one palette made from all frames. A GIF counts in hundredths of a second: its frames differ by one in length where
+    the rate asks for it, and more than 50 in a second are shown slower.
 
     Args:
         fps: frames per second.
-        crf: constant rate factor, 0 (largest) to 51; 8 cannot be told from the original by eye.
+        crf: constant rate factor of H.264, 0 (largest) to 51; 8 cannot be told from the original by eye.
 
     Raises:
         ValueError: frames of another shape or dtype, or a rate that is not positive.
-        MediaError: the file cannot be written, or the size is odd: yuv420p stores colour for 2 x 2 pixels.
+        MediaError: the file cannot be written, or the size is odd for H.264: yuv420p stores colour for 2 x 2 pixels.
     """
     path = Path(path)
     frames = torch.as_tensor(frames_FHW3)
@@ -301,20 +333,52 @@ def write_video(path: PathLike, frames_FHW3: Tensor | NDArray[np.uint8], fps: fl
     if fps <= 0:
         raise ValueError(f"write_video: fps must be positive, got {fps}")
     height, width = frames.shape[1:3]
-    if width % 2 or height % 2:
+    gif = path.suffix.lower() == ".gif"
+    if not gif and (width % 2 or height % 2):
         raise MediaError(f"{path}: H.264 in yuv420p needs an even width and height, got {width}x{height}")
+    rate = Fraction(min(fps, 50) if gif else fps).limit_denominator(100_000)
     with _whole_or_nothing(path, _CONTAINERS) as (part, container_format):
-        options = {} if container_format == "matroska" else {"movflags": "faststart"}
+        options = {"movflags": "faststart"} if container_format in ("mp4", "mov") else {}
         with av.open(str(part), "w", format=container_format, options=options) as container:
-            stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": str(crf)}
-            # swscale converts with the BT.601 matrix; untagged, players guess BT.709 for large pictures.
-            stream.codec_context.colorspace = av.video.reformatter.Colorspace.SMPTE170M
-            for pixels in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels.cpu().numpy()), format="rgb24")
+            stream: Any = container.add_stream("gif" if gif else "libx264", rate=rate)
+            stream.width, stream.height, stream.pix_fmt = width, height, "pal8" if gif else "yuv420p"
+            pictures = _pictures(frames)
+            if gif:
+                pictures = _with_palette(pictures, width, height, rate)
+            else:
+                stream.options = {"crf": str(crf)}
+                # swscale converts with the BT.601 matrix; untagged, players guess BT.709 for large pictures.
+                stream.codec_context.colorspace = av.video.reformatter.Colorspace.SMPTE170M
+            for picture in pictures:
                 container.mux(stream.encode(picture))
             container.mux(stream.encode(None))
+
+
+def _pictures(frames: Tensor) -> Iterator[Any]:
+    for pixels in frames:
+        yield av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels.cpu().numpy()), format="rgb24")
+
+
+def _with_palette(pictures: Iterator[Any], width: int, height: int, rate: Fraction) -> Iterator[Any]:
+    """The same pictures in the 256 colours that suit all of them best, as ffmpeg chooses them."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / rate)
+    split, choose = graph.add("split"), graph.add("palettegen", "stats_mode=full")
+    # Error diffusion within moving rectangles only: what stands still does not flicker.
+    use, sink = graph.add("paletteuse", "dither=sierra2_4a:diff_mode=rectangle"), graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(use, 0, 0)
+    split.link_to(choose, 1, 0)
+    choose.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    for number, picture in enumerate(pictures):
+        picture.pts, picture.time_base = number, 1 / rate
+        source.push(picture)
+    source.push(None)
+    with suppress(av.EOFError, av.BlockingIOError):
+        while True:
+            yield sink.pull()
 
 
 def write_image(path: PathLike, image_HW3: Tensor | NDArray[np.uint8]) -> None:

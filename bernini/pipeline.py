@@ -17,17 +17,19 @@ from torch import Tensor
 
 from bernini.kernels import Segment, SegmentLayout, segment_phases
 
-from .checkpoint import CheckpointError, load_experts
-from .errors import UserError
-from .media import Clip, from_model, read_video, to_model
-from .media_rules import frame_count
-from .presets import FPS, MAX_SIZE, NEGATIVE_PROMPT, NUM_FRAMES, PRESETS, SEED, TASK_PREFIXES
-from .renderer.guidance import PLANS
+from .checkpoint import CheckpointError, component_folder, open_experts, resolve
+from .media import Clip, from_model, to_model
+from .presets import NEGATIVE_PROMPT, TASK_PREFIXES
 from .renderer.latents import patch_grid, patchify, unpatchify
-from .renderer.sampler import Experts, Guidance, sample
-from .renderer.schedule import euler_schedule
+from .renderer.model import Renderer
+from .renderer.sampler import ExpertPair, Experts, OneAtATime, Which, sample
+from .renderer.schedule import make_solver
 from .renderer.text import TextEncoder
 from .renderer.vae import VideoAutoencoder
+from .request import Request, settle
+from .sources import read_sources, result_shape
+
+COMPONENTS = ("vae", "text_encoder", "tokenizer")
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much of it is done, how much there is)."""
@@ -42,16 +44,30 @@ class Bernini:
         clip = model("make it snow", videos=["in.mp4"], steps=20)
     """
 
-    def __init__(self, experts: Experts, text: TextEncoder, vae: VideoAutoencoder) -> None:
-        self.experts, self.text, self.vae = experts, text, vae
+    def __init__(self, experts: ExpertPair, text: TextEncoder, vae: VideoAutoencoder, device: str = "cpu") -> None:
+        self.experts, self.text, self.vae, self.device = experts, text, vae, device
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Bernini:
-        """Loads a checkpoint folder in the released Bernini-R layout.
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        attention: str = "auto",
+        low_memory: bool = False,
+        components: str | Path | None = None,
+    ) -> Bernini:
+        """Loads a checkpoint in the released Bernini-R layouts.
 
         Args:
+            model: a folder, or a Hugging Face repository ``owner/name``.
             dtype: of experts and text encoder; by default bfloat16 on an accelerator and float32 on a CPU. The VAE
                 always runs in float32.
+            attention: a backend of ``bernini.kernels.attention``'s table, or ``"auto"``.
+            low_memory: keeps one expert in memory at a time and loads the other when its steps begin.
+            components: folder or repository with ``vae``, ``text_encoder`` and ``tokenizer``, where ``model`` is a raw
+                export that has none.
 
         Raises:
             CheckpointError: the folder, a file or a tensor is missing or wrong.
@@ -59,85 +75,77 @@ class Bernini:
         from diffusers import AutoencoderKLWan
         from transformers import AutoTokenizer, UMT5EncoderModel
 
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder")
+        folder = resolve(str(model))
+        parts = folder if components is None else resolve(str(components), parts=COMPONENTS)
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        experts = load_experts(folder, dtype=dtype, device=device)
-        vae = _load(folder / "vae", AutoencoderKLWan.from_pretrained, torch_dtype=torch.float32)
-        encoder = _load(folder / "text_encoder", UMT5EncoderModel.from_pretrained, dtype=dtype)
-        tokenizer = _load(folder / "tokenizer", AutoTokenizer.from_pretrained)
-        return cls(experts, TextEncoder(tokenizer, encoder.to(device).eval()), VideoAutoencoder(vae.to(device).eval()))
+        # Headers first, then the small parts: what is wrong is said before gigabytes are read.
+        files = open_experts(folder, dtype=dtype, device=device)
+        vae = _load(component_folder(parts, "vae"), AutoencoderKLWan.from_pretrained, torch_dtype=torch.float32)
+        encoder = _load(component_folder(parts, "text_encoder"), UMT5EncoderModel.from_pretrained, dtype=dtype)
+        tokenizer = _load(component_folder(parts, "tokenizer"), AutoTokenizer.from_pretrained)
 
-    def __call__(
-        self,
-        prompt: str,
-        *,
-        videos: Sequence[str | Path | Clip],
-        negative_prompt: str | None = None,
-        steps: int | None = None,
-        seed: int = SEED,
-        size: tuple[int, int] | None = None,
-        num_frames: int = NUM_FRAMES,
-        fps: float = FPS,
-        progress: Progress | None = None,
-    ) -> Clip:
-        """Edits the first of ``videos`` by ``prompt``.
+        def load(which: Which) -> Renderer:
+            expert = files.load(which)
+            expert.backend = attention
+            return expert
 
-        Args:
-            videos: files, or clips that are already read (and sized).
-            negative_prompt: what to avoid; ``None`` takes the released default.
-            steps: sampling steps; ``None`` takes the preset's.
-            size: (height, width) in pixels that files are brought to; ``None`` follows each file's own size.
-            num_frames: at most this many frames, rounded down to 4n + 1.
-            fps: frame rate at which files are read and the result is shown.
-            progress: see :data:`Progress`; the stages are reading, encoding, sampling and decoding.
+        experts: ExpertPair
+        if low_memory:
+            experts = OneAtATime(load, files.config, has_low=files.has_low, boundary=files.boundary)
+        else:
+            experts = Experts(load("high"), load("low") if files.has_low else None, files.boundary)
+        return cls(
+            experts, TextEncoder(tokenizer, encoder.to(device).eval()), VideoAutoencoder(vae.to(device).eval()), device
+        )
+
+    def __call__(self, prompt: str, *, progress: Progress | None = None, **options: Any) -> Clip:
+        """``generate(Request(prompt, **options))``."""
+        return self.generate(Request(prompt, **options), progress)
+
+    def generate(self, request: Request, progress: Progress | None = None) -> Clip:
+        """Runs one request.
 
         Raises:
             UserError: an option that cannot work; MediaError: a file that cannot be read.
         """
-        preset = PRESETS["v2v"]
-        if not videos:
-            raise UserError("video-to-video needs a source video")
+        chosen = settle(request)
         report = progress or (lambda stage, done, total: None)
-        sources = []
-        for number, video in enumerate(videos):
-            report("reading", number, len(videos))
-            sources.append(to_model(self._clip(video, size, num_frames, fps)))
+        request = read_sources(request, chosen, report)
+        sources = [to_model(source) for source in (*request.videos, *request.images)]  # type: ignore[arg-type]
         latents = []
         for number, pixels in enumerate(sources):
             report("encoding", number, len(sources))
-            latents.append(self.vae.encode(pixels))
-        target_shape = tuple(latents[0].shape)
-        layout = self._layout([tuple(latent.shape) for latent in latents], target_shape)
+            latents.append(self.vae.encode(pixels.to(self.device)))
+        shape = self.vae.latent_shape(*result_shape(request, chosen))
+        layout = self._layout([tuple(latent.shape) for latent in latents], shape)
+        negative = NEGATIVE_PROMPT if request.negative_prompt is None else request.negative_prompt
         texts = {
-            "positive": self.text(prompt, prefix=TASK_PREFIXES["v2v"]),
-            "negative": self.text(NEGATIVE_PROMPT if negative_prompt is None else negative_prompt),
+            "positive": self.text(request.prompt, prefix=TASK_PREFIXES[chosen.task]),
+            "negative": self.text(negative),
         }
-        # Drawn on the CPU, so that a seed means the same noise on every device.
-        noise = torch.randn((1, *target_shape), generator=torch.Generator("cpu").manual_seed(seed))[0]
+        noise = torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(request.seed))[0]
         tokens = sample(
             self.experts,
             layout,
-            videos=len(videos),
+            videos=len(request.videos),
             source_tokens=[self._tokens(latent) for latent in latents],
-            noise_tokens=self._tokens(noise.to(latents[0].device)),
+            noise_tokens=self._tokens(noise.to(self.device)),
             texts=texts,
-            plan=PLANS[preset.mode],
-            guidance=Guidance(preset.scales, preset.switch_factor, preset.eta, preset.thresholds, preset.momentum),
-            schedule=euler_schedule(preset.steps if steps is None else steps, preset.flow_shift),
+            plan=chosen.plan,
+            guidance=chosen.guidance,
+            solver=make_solver(request.solver, request.sigma_schedule, chosen.steps, request.flow_shift),
             progress=partial(report, "sampling"),
         )
         report("decoding", 0, 1)
         target = unpatchify(tokens, layout.segments[-1].grid, self._patch)
-        result = Clip(from_model(self.vae.decode(target)), fps)
+        result = Clip(from_model(self.vae.decode(target)), request.fps)
         report("decoding", 1, 1)
         return result
 
     @property
     def _patch(self) -> tuple[int, int, int]:
-        return self.experts.high.config.patch_size
+        return self.experts.config.patch_size
 
     def _tokens(self, latent: Tensor) -> Tensor:
         return patchify(latent, self._patch)
@@ -152,18 +160,9 @@ class Bernini:
             ]
         )
 
-    @staticmethod
-    def _clip(video: str | Path | Clip, size: tuple[int, int] | None, num_frames: int, fps: float) -> Clip:
-        if isinstance(video, Clip):
-            return video
-        exact = None if size is None else (size[1], size[0])
-        return read_video(video, fps=fps, num_frames=frame_count(num_frames), max_size=MAX_SIZE, size=exact)
-
 
 def _load(folder: Path, load: Callable[..., Any], **options: Any) -> Any:
     """A library's ``from_pretrained`` on a local folder, its many errors turned into one that names the folder."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; the checkpoint is incomplete")
     try:
         return load(str(folder), local_files_only=True, **options)
     except Exception as error:

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bernini import media
-from bernini.contact_sheet import contact_sheet
+from bernini import frames_folder, media
+from bernini.contact_sheet import Panel, contact_sheet, task_sheet
+from bernini.frames_folder import check_frames_folder, write_frames
 from bernini.media import MediaError, frame_indices
 from bernini.media_rules import Timeline
 
@@ -378,3 +379,118 @@ def test_contact_sheet_shows_every_row(tmp_path: Path) -> None:
     assert (sheet[:40].sum(-1) < 100).any(), "a title in black"
     with pytest.raises(ValueError, match="at least one row"):
         contact_sheet([], tmp_path / "none.png")
+
+
+# --- animations, folders of frames, results of any kind -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fps", "count"), [(16, 9), (29.97, 30), (100, 5), (16, 1)])
+def test_animations_keep_frames_and_rate(tmp_path: Path, fps: float, count: int) -> None:
+    media.write_video(tmp_path / "a.gif", ramp(count).clone(), fps)
+    with av.open(str(tmp_path / "a.gif")) as container:
+        stamps = [frame.pts for frame in container.decode(video=0)]
+    assert stamps == [int(100 * number / min(fps, 50) + 0.5) for number in range(count)], "hundredths of a second"
+    with Image.open(tmp_path / "a.gif") as picture:
+        assert picture.info["loop"] == 0, "for ever"
+    assert numbers(media.read_video(tmp_path / "a.gif", fps=min(fps, 50)).frames)[:5] == list(range(count))[:5]
+
+
+def test_animations_have_a_palette_of_their_own(tmp_path: Path) -> None:
+    """Colours that no fixed palette has, the same in all frames: nothing flickers where nothing moves."""
+    ring = torch.linspace(0, 1, 64)
+    colours = torch.stack([150 + 40 * ring, 60 + 25 * ring, 100 + 30 * ring], -1).to(torch.uint8)
+    frames = colours.expand(6, 49, 64, 3).contiguous()
+    media.write_video(tmp_path / "a.gif", frames, 10)
+    got = media.read_video(tmp_path / "a.gif", fps=10, size=(64, 49)).frames[:5]
+    assert (got.float() - frames[:5].float()).abs().mean() < 3, "an odd size, and good colours"
+    assert all(torch.equal(got[0], frame) for frame in got)
+
+
+def test_any_result(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.gif", "a.png", "a.webp", "a.jpg"):
+        media.check_output(tmp_path / name, 1)
+        media.write_media(tmp_path / name, media.Clip(ramp(1), 16))
+    assert len(list(tmp_path.iterdir())) == 5
+    for name in ("b.png", "b.JPG"):
+        assert media.is_picture(name)
+        for refuse in (
+            lambda path: media.check_output(path, 5),
+            lambda path: media.write_media(path, media.Clip(ramp(5), 16)),
+        ):
+            with pytest.raises(
+                MediaError, match=r"5 frames do not fit into a picture; the suffixes of videos are \.mp4"
+            ):
+                refuse(tmp_path / name)
+    for name, message in {
+        "c": "unknown suffix ''",
+        "c.webm": "expected one of .mp4",
+        "no/c.gif": "does not exist",
+    }.items():
+        with pytest.raises(MediaError, match=message):
+            media.check_output(tmp_path / name)
+    assert len(list(tmp_path.iterdir())) == 5, "a check leaves nothing"
+
+
+def test_a_folder_of_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_frames_folder(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    write_frames(tmp_path / "new", ramp(12))
+    (tmp_path / "empty").mkdir()
+    write_frames(tmp_path / "empty", ramp(2))
+    assert [path.name for path in sorted((tmp_path / "new").iterdir())] == [f"{n:05d}.png" for n in range(12)]
+    assert torch.equal(media.read_image(tmp_path / "new" / "00011.png"), ramp(12)[11])
+    assert len(list((tmp_path / "empty").iterdir())) == 2
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    with pytest.raises(MediaError, match="new: exists and is not empty"):
+        write_frames(tmp_path / "new", ramp(2))
+    with pytest.raises(MediaError, match=r"00000\.png: exists and is no folder"):
+        check_frames_folder(tmp_path / "new" / "00000.png")
+    with pytest.raises(MediaError, match="frames: cannot be written .the directory .*nowhere does not exist"):
+        check_frames_folder(tmp_path / "nowhere" / "frames")
+    with pytest.raises(ValueError, match="uint8"):
+        write_frames(tmp_path / "float", ramp(2).float())
+    monkeypatch.chdir(tmp_path)
+    check_frames_folder("relative")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new", "usual"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_folder_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | BaseException
+) -> None:
+    seen: list[int] = []
+
+    def write(path: Path, _: Tensor) -> None:
+        seen.append(len(list(tmp_path.iterdir())))
+        if len(seen) == 3:
+            raise error
+        path.touch()
+
+    monkeypatch.setattr(frames_folder, "write_image", write)
+    stopped = error is KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt if stopped else MediaError, match=None if stopped else "No space left"):
+        write_frames(tmp_path / "frames", ramp(5))
+    assert seen == [1, 1, 1] and not list(tmp_path.iterdir())
+
+
+def test_the_sheet_of_tasks(tmp_path: Path) -> None:
+    """Every source and the result of every task can be found in the picture by its colour."""
+
+    def flat(count: int, *colour: int) -> Tensor:
+        return torch.tensor(colour, dtype=torch.uint8).expand(count, 40, 60, 3).contiguous()
+
+    panels = [
+        Panel("t2i", "words", [], flat(1, 200, 0, 0)),
+        Panel("rv2v", "words", [("film", flat(9, 0, 200, 0)), ("still", flat(1, 0, 0, 200)[0])], flat(9, 200, 200, 0)),
+    ]
+    task_sheet(panels, tmp_path / "sheet.png", "title")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    tile = 168 * 112
+    for colour, tiles in (((200, 0, 0), 1), ((0, 200, 0), 2), ((0, 0, 200), 1), ((200, 200, 0), 4)):
+        assert int((np.abs(sheet - colour).max(-1) < 8).sum()) == pytest.approx(tiles * tile, rel=0.01)
+    task_sheet(panels[:1], tmp_path / "one.png", "title")
+    with Image.open(tmp_path / "one.png") as one:
+        assert one.height < sheet.shape[0]
+    with pytest.raises(ValueError, match="at least one panel"):
+        task_sheet([], tmp_path / "none.png", "title")

@@ -1,15 +1,13 @@
-"""End to end on a toy checkpoint: the command line, what it writes, and what it says to wrong input."""
+"""The pipeline, the text encoder and the VAE on a toy checkpoint. The command line: test_cli.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from bernini import cli, demo
+from bernini import demo
 from bernini.media import read_video, write_video
 from bernini.renderer.text import MAX_TEXT_TOKENS, TextEncoder, clean_prompt
 from bernini.renderer.vae import VideoAutoencoder
@@ -29,41 +27,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def generate(toy: Path, source: Path, output: Path, *more: str) -> int:
-    return cli.main(
-        [
-            "generate",
-            "--model",
-            str(toy),
-            "--prompt",
-            "snow",
-            "--video",
-            str(source),
-            "--output",
-            str(output),
-            "--steps",
-            "2",
-            *more,
-        ]
-    )
-
-
-def test_generate_edits_a_video(toy: Path, source: Path, tmp_path: Path) -> None:
-    assert generate(toy, source, tmp_path / "a.mp4") == 0
-    assert generate(toy, source, tmp_path / "b.mp4") == 0
-    assert generate(toy, source, tmp_path / "c.mp4", "--seed", "7") == 0
-    first, again, other = (read_video(tmp_path / f"{name}.mp4").frames for name in "abc")
-    assert first.shape == (9, 48, 64, 3)
-    assert torch.equal(first, again), "a seed means one result"
-    assert not torch.equal(first, other), "another seed means another result"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4", "c.mp4"]
-
-
-def test_size_and_frames(toy: Path, source: Path, tmp_path: Path) -> None:
-    assert generate(toy, source, tmp_path / "out.mp4", "--size", "32x48", "--num-frames", "7") == 0
-    assert read_video(tmp_path / "out.mp4").frames.shape == (5, 32, 48, 3)
-
-
 def test_the_prompt_and_the_source_matter(toy: Path, source: Path) -> None:
     from bernini import Bernini
 
@@ -76,68 +39,6 @@ def test_the_prompt_and_the_source_matter(toy: Path, source: Path) -> None:
     )
     assert (base - prompt).abs().max() > 0
     assert (base - video).abs().max() > 0
-
-
-def test_the_demo_writes_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--output", str(tmp_path / "d"), "--steps", "1"]) == 0
-    assert demo.CAPTION in capsys.readouterr().out
-    with Image.open(tmp_path / "d" / "demo.png") as sheet:
-        picture = np.asarray(sheet.convert("RGB"))
-    assert picture.shape[0] > 200 and picture.shape[1] > 600 and picture.std() > 20
-    assert read_video(tmp_path / "d" / "v2v.mp4").frames.shape == (17, 96, 160, 3)
-    assert read_video(tmp_path / "d" / "source.mp4").frames.float().std() > 20
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--size", "100x100"], "multiples of 16; the nearest is 96x96"),
-        (["--size", "big"], "not of the form HxW"),
-        (["--steps", "0"], "must be positive, got 0"),
-        (["--num-frames", "x"], "'x' is not a whole number"),
-    ],
-)
-def test_bad_options(
-    toy: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        generate(toy, source, tmp_path / "out.mp4", *more)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_bad_files(toy: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One sentence that names the file, exit code 2, nothing written."""
-    text = tmp_path / "note.mp4"
-    text.write_text("hello")
-    out = tmp_path / "out.mp4"
-    for run, message in (
-        (lambda: generate(tmp_path / "none", source, out), "none: no such folder"),
-        (lambda: generate(tmp_path, source, out), "config.json: no such file"),
-        (lambda: generate(toy, tmp_path / "gone.mp4", out), "gone.mp4: no such file"),
-        (lambda: generate(toy, text, out), "note.mp4"),
-        (lambda: generate(toy, source, tmp_path / "no" / "out.mp4"), "does not exist"),
-        (lambda: generate(toy, source, tmp_path / "out.txt"), "unknown suffix '.txt'"),
-        (lambda: cli.main(["init", str(toy)]), "exists already"),
-    ):
-        assert run() == 2, message
-        error = capsys.readouterr().err
-        assert message in error and "Traceback" not in error, error
-    assert [path.name for path in tmp_path.iterdir()] == ["note.mp4"]
-
-
-def test_a_broken_part_of_a_checkpoint_is_named(
-    toy: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import shutil
-
-    for part in ("vae", "text_encoder", "tokenizer"):
-        broken = tmp_path / part
-        shutil.copytree(toy, broken)
-        shutil.rmtree(broken / part)
-        assert generate(broken, source, tmp_path / "out.mp4") == 2
-        assert f"{part}: no such folder" in capsys.readouterr().err
 
 
 # --- text and VAE ---------------------------------------------------------------------------------------------------

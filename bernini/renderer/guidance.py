@@ -13,8 +13,9 @@ from typing import Literal
 
 from bernini.kernels import SegmentLayout
 
-Sources = Literal["none", "first video", "images", "all"]
-Text = Literal["negative", "positive"]
+Sources = Literal["none", "first video", "videos", "images", "all"]
+Text = Literal["negative", "positive", "planned"]
+"""``planned`` is the positive text followed by the planner's states."""
 Apg = Literal["frame"]
 
 
@@ -36,6 +37,7 @@ class Branch:
         keep = {
             "none": (),
             "first video": sources[: min(videos, 1)],
+            "videos": sources[:videos],
             "images": sources[videos:],
             "all": sources,
         }[self.sources]
@@ -54,6 +56,12 @@ class Plan:
     links: tuple[tuple[int, int, str], ...]
     apg: Apg | None = None
 
+    def without_planner(self) -> Plan:
+        """The part of the plan that a checkpoint without a planner can compute."""
+        kept = [number for number, branch in enumerate(self.branches) if branch.text != "planned"]
+        links = tuple(link for link in self.links if link[0] in kept and link[1] in kept)
+        return Plan(tuple(self.branches[number] for number in kept), links, self.apg)
+
     def scaled(self, scales: Mapping[str, float], factor: float = 1.0) -> list[tuple[int, int, float]]:
         """The links with numbers for scales, each times ``factor``."""
         return [(new, old, scales[name] * factor) for new, old, name in self.links]
@@ -67,12 +75,16 @@ _IMAGES_TEXT = Branch("images", "positive")
 _ALL = Branch("all", "negative")
 _ALL_TEXT = Branch("all", "positive")
 
-PLANS: Mapping[str, Plan] = {
+PLANS: Mapping[str, Plan] = {  # the seven released modes of Bernini-R, and the paper's equation 12
     "t2v": Plan((_TARGET, _TARGET_TEXT), ((1, 0, "txt"),)),
     "t2v_apg": Plan((_TARGET, _TARGET_TEXT), ((1, 0, "txt"),), apg="frame"),
     "v2v": Plan((_ALL, _ALL_TEXT), ((1, 0, "txt"),)),
     "v2v_apg": Plan((_ALL, _ALL_TEXT), ((1, 0, "txt"),), apg="frame"),
     "v2v_chain": Plan((_TARGET, _VIDEO, _ALL_TEXT), ((1, 0, "vid"), (2, 1, "txt"))),
     "r2v_apg": Plan((_TARGET, _IMAGES, _IMAGES_TEXT), ((1, 0, "img"), (2, 1, "txt")), apg="frame"),
+    "eq12": Plan(
+        (_TARGET, Branch("videos", "negative"), _ALL, _ALL_TEXT, Branch("all", "planned")),
+        ((1, 0, "vid"), (2, 1, "img"), (3, 2, "txt"), (4, 3, "tgt")),
+    ),
     "rv2v": Plan((_TARGET, _VIDEO, _ALL, _ALL_TEXT), ((1, 0, "vid"), (2, 1, "img"), (3, 2, "txt"))),
 }

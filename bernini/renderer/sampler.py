@@ -8,23 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from bernini.kernels import SegmentLayout, guide, scatter_rows
 
+from .config import RendererConfig
 from .guidance import Plan
 from .model import Renderer, TextContext
-from .schedule import Schedule
+from .schedule import Solver
+
+Which = Literal["high", "low"]
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Numbers of a plan.
 
-    ``scales`` are named ``vid``, ``img``, ``txt``; ``switch_factor`` multiplies all of them from the first step of the
-    low-noise expert on; ``eta``, ``thresholds`` (one per link) and ``momentum`` belong to APG.
+    ``scales`` are named ``vid``, ``img``, ``txt``, ``tgt``; ``switch_factor`` multiplies all of them from the first
+    step of the low-noise expert on; ``eta``, ``thresholds`` (one per link) and ``momentum`` belong to APG.
     """
 
     scales: Mapping[str, float]
@@ -34,25 +38,60 @@ class Guidance:
     momentum: float = 0.0
 
 
-@dataclass(frozen=True)
+class ExpertPair(Protocol):
+    """The transformers of a checkpoint, wherever they are kept."""
+
+    config: RendererConfig
+    boundary: float
+    """Timesteps from here up belong to ``high``, those below to ``low``."""
+    has_low: bool
+    """False where one expert serves all timesteps; it is called ``high`` then."""
+
+    def get(self, which: Which) -> Renderer: ...
+
+
 class Experts:
-    """The transformers of a checkpoint: ``high`` for timesteps >= ``boundary``, ``low`` below. One may be all."""
+    """Both experts resident, or the only one."""
 
-    high: Renderer
-    low: Renderer | None = None
-    boundary: float = 875.0
+    def __init__(self, high: Renderer, low: Renderer | None = None, boundary: float = 875.0) -> None:
+        self.high, self.low, self.boundary = high, low, boundary
+        self.config, self.has_low = high.config, low is not None
 
-    def at(self, timestep: float) -> Renderer:
-        return self.high if self.low is None or timestep >= self.boundary else self.low
+    def get(self, which: Which) -> Renderer:
+        return self.low if which == "low" and self.low is not None else self.high
 
-    @property
-    def both(self) -> list[Renderer]:
-        return [self.high] if self.low is None else [self.high, self.low]
+
+class OneAtATime:
+    """Loads an expert when its steps begin and lets go of the other: half the memory, and a load per switch."""
+
+    def __init__(
+        self, load: Callable[[Which], Renderer], config: RendererConfig, *, has_low: bool, boundary: float
+    ) -> None:
+        self.config, self.has_low, self.boundary = config, has_low, boundary
+        self._load, self._held = load, dict[Which, Renderer]()
+
+    def get(self, which: Which) -> Renderer:
+        if which not in self._held:
+            self._held.clear()  # first, so that the two never meet in memory
+            self._held[which] = self._load(which)
+        return self._held[which]
+
+
+def expert_at(experts: ExpertPair, timestep: float) -> Which:
+    return "low" if experts.has_low and timestep < experts.boundary else "high"
+
+
+class _Input(NamedTuple):
+    """One branch as the model sees it: only the target's rows of ``tokens`` change from step to step."""
+
+    layout: SegmentLayout
+    tokens: Tensor
+    text: str
 
 
 @torch.no_grad()
 def sample(
-    experts: Experts,
+    experts: ExpertPair,
     layout: SegmentLayout,
     videos: int,
     source_tokens: Sequence[Tensor],
@@ -60,8 +99,11 @@ def sample(
     texts: Mapping[str, Tensor],
     plan: Plan,
     guidance: Guidance,
-    schedule: Schedule,
+    solver: Solver,
+    *,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[int, Tensor, Tensor], None] | None = None,
+    rounding: str = "fp32",
 ) -> Tensor:
     """Denoises the target.
 
@@ -70,57 +112,78 @@ def sample(
         videos: how many sources are videos.
         source_tokens: clean patches ``[tokens, values]`` of each source, in layout order.
         noise_tokens: float32 ``[target tokens, values]``, the initial state.
-        texts: ``"positive"`` and ``"negative"`` text states ``[L, text_dim]``.
+        texts: text states ``[L, text_dim]`` by the plan's names.
+        solver: a fresh one.
         progress: called with (steps done, steps), first with 0.
+        watch: called after each step with (step, guided velocity, state), both ``[target tokens, values]``.
+        rounding: contract of guidance's arithmetic.
 
     Returns:
         float32 ``[target tokens, values]``: the clean target's patches.
     """
-    target = layout.numbers("target")[0]
-    frames = layout.segments[target].grid[0]
+    frames = layout.segments[layout.numbers("target")[0]].grid[0]
     latent = noise_tokens.to(torch.float32)
-    inputs = [_branch_input(*branch.layout(layout, videos), source_tokens, latent) for branch in plan.branches]
-    momentum = (guidance.momentum, latent.new_zeros(len(plan.links), frames, latent.numel() // frames))
-    contexts: dict[tuple[int, str], TextContext] = {}
-    report = progress or (lambda done, steps: None)
-    report(0, schedule.steps)
-    for step, timestep in enumerate(schedule.timesteps):
-        model = experts.at(timestep)
-        low = experts.low is not None and model is experts.low
-        predictions = []
-        for branch, (branch_layout, tokens) in zip(plan.branches, inputs, strict=True):
-            key = (id(model), branch.text)
-            if key not in contexts:
-                contexts[key] = model.text_context(texts[branch.text])
-            scatter_rows(tokens, [latent], [branch_layout.on(latent.device).target_index])
-            time = torch.tensor([timestep], device=latent.device)
-            predictions.append(model(tokens, branch_layout, time, contexts[key]).view(frames, -1))
-        sigma, following = schedule.sigmas[step], schedule.sigmas[step + 1]
-        (latent,) = guide(
-            predictions,
-            plan.scaled(guidance.scales, guidance.switch_factor if low else 1.0),
-            apg=plan.apg,
-            space="velocity" if plan.apg is None else "x0",
-            latent=latent.view(frames, -1),
-            sigma=sigma,
-            eta=guidance.eta if plan.apg else 1.0,
-            thresholds=list(guidance.thresholds[: len(plan.links)]) if plan.apg else None,
-            momentum=momentum if plan.apg and guidance.momentum else None,
-            update=([[1.0, following - sigma]], []),  # Euler: x + (sigma' - sigma) v
+    inputs, place = _distinct_inputs(plan, layout, videos, source_tokens, latent)
+    buffer = latent.new_zeros(len(plan.links), frames, latent.numel() // frames)
+    levels, report = solver.schedule, progress or (lambda done, steps: None)
+    contexts: dict[str, TextContext] = {}
+    model: Renderer | None = None
+    held: Which | None = None
+    report(0, levels.steps)
+    for step, timestep in enumerate(levels.timesteps):
+        which = expert_at(experts, timestep)
+        if which != held:
+            contexts.clear()  # keys and values of the other expert's layers
+            model = None  # let go of it before the next is loaded: two may not fit
+            model, held = experts.get(which), which
+        assert model is not None
+        time = torch.tensor([timestep], device=latent.device)
+        results = []
+        for branch in inputs:
+            if branch.text not in contexts:
+                contexts[branch.text] = model.text_context(texts[branch.text])
+            scatter_rows(branch.tokens, [latent], [branch.layout.on(latent.device).target_index])
+            results.append(model(branch.tokens, branch.layout, time, contexts[branch.text]).view(frames, -1))
+        projected = plan.apg is not None and levels.sigmas[step] > 0  # at sigma 0 nothing is left to guide
+        velocity = guide(
+            [results[number] for number in place],
+            plan.scaled(guidance.scales, guidance.switch_factor if which == "low" else 1.0),
+            apg=plan.apg if projected else None,
+            space="x0" if projected else "velocity",
+            latent=latent.view(frames, -1) if projected else None,
+            sigma=levels.sigmas[step] if projected else None,
+            eta=guidance.eta if projected else 1.0,
+            thresholds=list(guidance.thresholds[: len(plan.links)]) if projected else None,
+            momentum=(guidance.momentum, buffer) if projected and guidance.momentum else None,
+            rounding=rounding,
         )
-        latent = latent.reshape(noise_tokens.shape)
-        report(step + 1, schedule.steps)
+        velocity = velocity.reshape(latent.shape).to(torch.float32)
+        latent = solver.step(step, velocity, latent)
+        if watch is not None:
+            watch(step, velocity, latent)
+        report(step + 1, levels.steps)
     return latent
 
 
-def _branch_input(
-    layout: SegmentLayout, kept: Sequence[int], source_tokens: Sequence[Tensor], latent: Tensor
-) -> tuple[SegmentLayout, Tensor]:
-    """A branch's layout and its token buffer with the sources in place; only the target's rows change per step."""
-    tokens = latent.new_zeros(layout.tokens, latent.shape[-1])
-    sources = [source_tokens[number] for number in kept[:-1]]
-    if sources:
-        here = layout.on(latent.device)
-        places = [here.index(number) for number in layout.numbers("source")]
-        scatter_rows(tokens, sources, places)
-    return layout, tokens
+def _distinct_inputs(
+    plan: Plan, layout: SegmentLayout, videos: int, source_tokens: Sequence[Tensor], latent: Tensor
+) -> tuple[list[_Input], list[int]]:
+    """The inputs that differ, and for each branch of the plan the number of its input.
+
+    Two branches may be one: without images, "first video" and "all" see the same.
+    """
+    inputs: list[_Input] = []
+    numbers: dict[tuple[SegmentLayout, tuple[int, ...], str], int] = {}
+    place = []
+    for branch in plan.branches:
+        branch_layout, kept = branch.layout(layout, videos)
+        key = (branch_layout, kept, branch.text)
+        if key not in numbers:
+            numbers[key] = len(inputs)
+            tokens = latent.new_zeros(branch_layout.tokens, latent.shape[-1])
+            here = branch_layout.on(latent.device)
+            sources = [source_tokens[number].to(latent.dtype) for number in kept[:-1]]
+            scatter_rows(tokens, sources, [here.index(number) for number in branch_layout.numbers("source")])
+            inputs.append(_Input(branch_layout, tokens, branch.text))
+        place.append(numbers[key])
+    return inputs, place

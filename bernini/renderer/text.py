@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_TEXT_TOKENS = 512
@@ -21,6 +22,15 @@ def clean_prompt(text: str) -> str:
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+def assemble_context(*parts_LC: Tensor) -> Tensor:
+    """``[max(512, sum of L), C]``: the parts one after the other, then zeros up to 512. Nothing is ever cut off.
+
+    A renderer alone has one part, the text's states without pads; with a planner its projected states follow.
+    """
+    states = torch.cat(parts_LC)
+    return F.pad(states, (0, 0, 0, max(0, MAX_TEXT_TOKENS - len(states))))
 
 
 class TextEncoder:
@@ -50,4 +60,4 @@ class TextEncoder:
         )
         ids, mask = encoded.input_ids.to(self.model.device), encoded.attention_mask.to(self.model.device)
         states = self.model(ids, mask).last_hidden_state[0]
-        return states * mask[0, :, None].to(states.dtype)
+        return assemble_context(states[: int(mask.sum())])

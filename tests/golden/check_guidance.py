@@ -1,6 +1,7 @@
 """Golden guidance: every combination rule of the released pipelines, against ``bernini.kernels.guide``.
 
-The tables below say which branches each mode evaluates and which scale belongs to the step from one branch to the next.
+The renderer's modes are its own plans. The full pipeline's are listed below until the planner is built: which branches
+each evaluates, and which scale belongs to the step from one branch to the next.
 """
 
 from __future__ import annotations
@@ -12,18 +13,12 @@ import torch
 from torch import Tensor
 
 from bernini.kernels import guide
+from bernini.renderer.guidance import PLANS
 
 FLOAT32_TOLERANCE = 2e-5
 
-R_MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "rv2v": (("none_neg", "V_neg", "VI_neg", "VI_txt"), ("vid", "img", "txt")),
-    "v2v": (("VI_neg", "VI_txt"), ("txt",)),
-    "v2v_chain": (("none_neg", "V_neg", "VI_txt"), ("vid", "txt")),
-    "t2v": (("none_neg", "none_txt"), ("txt",)),
-    "r2v_apg": (("none_neg", "I_neg", "I_txt"), ("img", "txt")),
-    "v2v_apg": (("VI_neg", "VI_txt"), ("txt",)),
-    "t2v_apg": (("none_neg", "none_txt"), ("txt",)),
-}
+_SOURCES = {"none": "none", "first video": "V", "images": "I", "all": "VI"}
+_TEXTS = {"negative": "neg", "positive": "txt"}
 
 _NONE, _V, _VI = "wotxt_wovit_none", "wotxt_wovit_V", "wotxt_wovit_VI"
 _VIT, _VITK = "wtxt_wovit_VI", "wtxt_wvit_VI"  # with text; with text and planner tokens
@@ -99,17 +94,18 @@ def _renderer(
         if label in bare:
             continue
         bare.add(label)
-        branches, scale_names = R_MODES[mode]
-        assert list(branches) == case["branches"], f"{name}: branches {case['branches']}, the table has {branches}"
-        links = [(i + 1, i, case[f"omega_{scale}"]) for i, scale in enumerate(scale_names)]
+        plan = PLANS[mode]
+        branches = [f"{_SOURCES[branch.sources]}_{_TEXTS[branch.text]}" for branch in plan.branches]
+        assert branches == case["branches"], f"{name}: branches {case['branches']}, the plan has {branches}"
+        links = plan.scaled({scale: case[f"omega_{scale}"] for scale in ("vid", "img", "txt")})
         options: dict[str, Any] = {}
         buffer = None
         for step, sigma in enumerate(meta["sigmas_R"]):
             latent = cases[f"in.z.step{step}"].reshape(frames, -1)
-            if mode.endswith("_apg"):
+            if plan.apg:
                 buffer = torch.zeros(len(links), *latent.shape) if buffer is None else buffer
                 options = {
-                    "apg": "frame",
+                    "apg": plan.apg,
                     "space": "x0",
                     "latent": latent,
                     "sigma": sigma,

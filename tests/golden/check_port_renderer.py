@@ -1,4 +1,4 @@
-"""Golden set ``port_renderer``: forwards of an independent port (its sampling runs wait for the UniPC schedule)."""
+"""Golden set ``port_renderer``: forwards and sampling runs of an independent port of the renderer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 
+from bernini.renderer.sampler import Experts
+
 from . import compare
 from .check_renderer_forward import FP32, build, inputs
+from .check_sampler import run
 
 STREAMS = {"target_only": [], "all_streams": ["video.0:1", "image.0:2", "image.1:3"]}
 
@@ -16,14 +19,33 @@ STREAMS = {"target_only": [], "all_streams": ["video.0:1", "image.0:2", "image.1
 def check(files: dict[str, Path]) -> int:
     weights, _ = compare.load(files["weights"])
     cases, meta = compare.load(files["cases"])
-    model = build(weights, meta["config"], "transformer.")
-    context = model.text_context(cases["text_pos"][0])
+    high = build(weights, meta["config"], "transformer.")
+    context = high.text_context(cases["text_pos"][0])
     done = 0
     for name, want in cases.items():
         if name.startswith("forward."):
             _, case, time = name.split(".")
-            tokens, layout = inputs(cases, [STREAMS[case]], model.config.patch_size, prefix="")
-            got = model(tokens, layout, torch.tensor([float(time[1:])]), context)
+            tokens, layout = inputs(cases, [STREAMS[case]], high.config.patch_size, prefix="")
+            got = high(tokens, layout, torch.tensor([float(time[1:])]), context)
             compare.close(name, got, want[0], **FP32)
             done += 1
+    sampling = meta["sampling"]
+    runs = [name for name in cases if name.startswith("sample.")]
+    if not runs:
+        return done
+    low = build(weights, meta["config"], "transformer_2.")
+    experts = Experts(high, low, sampling["boundary"] * 1000)
+    texts = {"positive": cases["text_pos"][0], "negative": cases["text_neg"][0]}
+    for name in runs:
+        mode, momentum = name.removeprefix("sample.").split(".m")
+        settings = {
+            "mode": mode, "omega_vid": sampling["omega_V"], "omega_img": sampling["omega_I"],
+            "omega_txt": sampling["omega_TI"], "omega_scale": sampling["omega_scale"], "eta": sampling["eta"],
+            "norm_threshold": sampling["norm_threshold"], "momentum": float(momentum), "steps": sampling["steps"],
+            "shift": float(sampling["scheduler"].split("flow_shift=")[1]), "solver": "unipc",
+        }  # fmt: skip
+        videos, images = [cases["video.0"][0]], [cases["image.0"][0], cases["image.1"][0]]  # for every mode
+        final, *_ = run(experts, videos, images, cases["noise"][0], texts, settings, "diffusers-0.42")
+        compare.close(name, final, cases[name][0], **FP32)
+        done += 1
     return done

@@ -64,7 +64,7 @@ SETS: dict[str, GoldenSet] = {
     "port_renderer": _pair("port_renderer", Checker("check_port_renderer")),
     "guidance": _single("guidance", Checker("check_guidance", takes="tensors")),
     "preprocess": _single("preprocess", Checker("check_preprocess")),
-    "sampler": _pair("sampler", NotBuilt("the UniPC sampler")),
+    "sampler": _pair("sampler", Checker("check_sampler")),
     "noise_training": GoldenSet(
         NotBuilt("the training of the renderer"), {"weights": "renderer_forward_weights", "cases": "noise_training"}
     ),
@@ -73,7 +73,7 @@ SETS: dict[str, GoldenSet] = {
     "planner_forward": _pair("planner_forward", NotBuilt("the planner"), weights="planner_weights"),
     "planner_loop": _pair("planner_loop", NotBuilt("the planner's generation loop")),
     "planner_rng": _single("planner_rng", NotBuilt("the planner's generation loop")),
-    "contexts": _single("contexts", NotBuilt("the planner's text contexts")),
+    "contexts": _single("contexts", Checker("check_contexts")),
     "full_packing": _single("full_packing", NotBuilt("the full pipeline")),
 }
 

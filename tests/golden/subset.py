@@ -43,9 +43,29 @@ KEEP: dict[str, tuple[str, ...]] = {
         "out_all_tokens.videos2_images2.t999",
         "-mid.*.block0",
     ),
-    # The forwards only; the sampling runs would need the second expert.
-    "port_renderer_weights": ("transformer.*",),
-    "port_renderer_cases": ("*", "-sample.*", "-noise", "-text_neg"),
+    # Both experts. Step by step for one mode; of the others how they end. (The independent port's runs, which test the
+    # same things with other weights, are checked where the full sets are.)
+    "sampler_weights": ("*",),
+    "sampler_cases": (
+        "in.*",
+        "-in.full.*",
+        "out.v2v_apg.*",
+        "out.v2v_apg_mom-0.5_thr3.*",
+        "-out.v2v_apg_mom-0.5_thr3.step[0134].*",
+        "out.*.final",
+        "out.*.timesteps",
+        "out.*.sigmas",
+        "-out.full.*",
+        "out_bf16.rv2v.final",
+    ),
+    "contexts": (
+        "in.long.t5",
+        "in.long.target_mask_*",
+        "out.long.wtxt_wvit",
+        "in.short.t5*",
+        "in.short.target*",
+        "out.short.wotxt_wovit",
+    ),
 }
 
 

@@ -1,0 +1,68 @@
+"""Reading a request's media, and the size of what it will make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from .media import Clip, read_image, read_video
+from .presets import TASKS
+from .request import Request, Settings
+
+DEFAULT_SIZE = (480, 848)
+
+
+def read_sources(
+    request: Request, settings: Settings, progress: Callable[[str, int, int], None] | None = None
+) -> Request:
+    """The request with its files read; media that are read already stay as they are.
+
+    The first source of an editing task takes the wanted size; all others keep their own, up to ``max_size``.
+
+    Raises:
+        MediaError: a file that cannot be read.
+    """
+    exact = None if request.size is None else (request.size[1], request.size[0])  # media say width first
+    edited_image = TASKS[settings.task].still and not request.videos
+    total, done = len(request.videos) + len(request.images), 0
+
+    def video(source: str | Path | Clip, size: tuple[int, int] | None) -> Clip:
+        if isinstance(source, Clip):
+            return source
+        return read_video(source, fps=request.fps, num_frames=settings.frames, max_size=request.max_size, size=size)
+
+    def image(source: str | Path | Tensor, size: tuple[int, int] | None) -> Tensor:
+        return source if isinstance(source, Tensor) else read_image(source, max_size=request.max_size, size=size)
+
+    def read_all(sources: list, read: Callable, edited: bool) -> list:
+        nonlocal done
+        results = []
+        for number, source in enumerate(sources):
+            if progress is not None:
+                progress("reading", done, total)
+            results.append(read(source, exact if edited and number == 0 else None))
+            done += 1
+        return results
+
+    videos = read_all(list(request.videos), video, edited=True)
+    return replace(request, videos=videos, images=read_all(list(request.images), image, edited=edited_image))
+
+
+def result_shape(request: Request, settings: Settings) -> tuple[int, int, int]:
+    """Frames, height and width of the result: as the source that is edited, or as asked for.
+
+    ``request`` comes from :func:`read_sources`.
+    """
+    if request.videos:
+        clip = request.videos[0]
+        assert isinstance(clip, Clip), "sources are read first"
+        frames, height, width, _ = clip.frames.shape
+        return frames, height, width
+    if TASKS[settings.task].still and request.images:
+        picture = request.images[0]
+        assert isinstance(picture, Tensor), "sources are read first"
+        return 1, picture.shape[0], picture.shape[1]
+    return (settings.frames, *(request.size or settings.preset.size or DEFAULT_SIZE))
