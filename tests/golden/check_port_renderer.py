@@ -12,20 +12,22 @@ from . import compare
 from .check_renderer_forward import FP32, build, inputs
 from .check_sampler import run
 
-STREAMS = {"target_only": [], "all_streams": ["video.0:1", "image.0:2", "image.1:3"]}
-
 
 @torch.no_grad()
 def check(files: dict[str, Path]) -> int:
     weights, _ = compare.load(files["weights"])
     cases, meta = compare.load(files["cases"])
     high = build(weights, meta["config"], "transformer.")
+    names = [sorted(name for name in cases if name.startswith(f"{kind}.")) for kind in ("video", "image")]
+    sources = [f"{name}:{number}" for number, name in enumerate((*names[0], *names[1]), start=1)]
     context = high.text_context(cases["text_pos"][0])
     done = 0
     for name, want in cases.items():
         if name.startswith("forward."):
             _, case, time = name.split(".")
-            tokens, layout = inputs(cases, [STREAMS[case]], high.config.patch_size, prefix="")
+            tokens, layout = inputs(
+                cases, [sources if case == "all_streams" else []], high.config.patch_size, prefix=""
+            )
             got = high(tokens, layout, torch.tensor([float(time[1:])]), context)
             compare.close(name, got, want[0], **FP32)
             done += 1
@@ -44,7 +46,7 @@ def check(files: dict[str, Path]) -> int:
             "norm_threshold": sampling["norm_threshold"], "momentum": float(momentum), "steps": sampling["steps"],
             "shift": float(sampling["scheduler"].split("flow_shift=")[1]), "solver": "unipc",
         }  # fmt: skip
-        videos, images = [cases["video.0"][0]], [cases["image.0"][0], cases["image.1"][0]]  # for every mode
+        videos, images = ([cases[name][0] for name in group] for group in names)  # the same for every mode
         final, *_ = run(experts, videos, images, cases["noise"][0], texts, settings, "diffusers-0.42")
         compare.close(name, final, cases[name][0], **FP32)
         done += 1
