@@ -25,9 +25,8 @@ def check(files: dict[str, Path]) -> int:
     for name, want in cases.items():
         if name.startswith("forward."):
             _, case, time = name.split(".")
-            tokens, layout = inputs(
-                cases, [sources if case == "all_streams" else []], high.config.patch_size, prefix=""
-            )
+            stream = sources if case == "all_streams" else []
+            tokens, layout = inputs(cases, [stream], high.config.patch_size, prefix="")
             got = high(tokens, layout, torch.tensor([float(time[1:])]), context)
             compare.close(name, got, want[0], **FP32)
             done += 1
