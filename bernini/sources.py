@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
@@ -27,28 +26,22 @@ def read_sources(
     """
     exact = None if request.size is None else (request.size[1], request.size[0])  # media say width first
     edited_image = TASKS[settings.task].still and not request.videos
-    total, done = len(request.videos) + len(request.images), 0
-
-    def video(source: str | Path | Clip, size: tuple[int, int] | None) -> Clip:
-        if isinstance(source, Clip):
-            return source
-        return read_video(source, fps=request.fps, num_frames=settings.frames, max_size=request.max_size, size=size)
-
-    def image(source: str | Path | Tensor, size: tuple[int, int] | None) -> Tensor:
-        return source if isinstance(source, Tensor) else read_image(source, max_size=request.max_size, size=size)
-
-    def read_all(sources: list, read: Callable, edited: bool) -> list:
-        nonlocal done
-        results = []
-        for number, source in enumerate(sources):
-            if progress is not None:
-                progress("reading", done, total)
-            results.append(read(source, exact if edited and number == 0 else None))
-            done += 1
-        return results
-
-    videos = read_all(list(request.videos), video, edited=True)
-    return replace(request, videos=videos, images=read_all(list(request.images), image, edited=edited_image))
+    report = progress or (lambda stage, done, total: None)
+    videos, images = list(request.videos), list(request.images)
+    total = len(videos) + len(images)
+    for number, video in enumerate(videos):
+        report("reading", number, total)
+        if not isinstance(video, Clip):
+            size = exact if number == 0 else None
+            videos[number] = read_video(
+                video, fps=request.fps, num_frames=settings.frames, max_size=request.max_size, size=size
+            )
+    for number, image in enumerate(images):
+        report("reading", len(videos) + number, total)
+        if not isinstance(image, Tensor):
+            size = exact if edited_image and number == 0 else None
+            images[number] = read_image(image, max_size=request.max_size, size=size)
+    return replace(request, videos=videos, images=images)
 
 
 def result_shape(request: Request, settings: Settings) -> tuple[int, int, int]:

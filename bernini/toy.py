@@ -13,7 +13,6 @@ from .checkpoint import save_renderer, write_json
 from .renderer.config import RendererConfig
 from .renderer.model import Renderer
 
-SIZES = ("toy",)
 TEXT_DIM = 32
 RENDERER = RendererConfig(
     num_attention_heads=2, attention_head_dim=32, num_layers=2, ffn_dim=128, text_dim=TEXT_DIM, freq_dim=64
