@@ -8,11 +8,12 @@ TORCH := 2.13.0
 TRITON := 3.9.0
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help install native demo test bench format clean
+.PHONY: help install native demo test proof proof-all bench format clean
 
 help:
 	@echo 'make demo     a small video from the tiny model, into demo/'
 	@echo 'make test     lint, types and tests'
+	@echo 'make proof    what is proved about the Triton kernels without a GPU; proof-all leaves nothing out'
 	@echo 'make bench    all benchmarks, as a table and a chart'
 	@echo 'make native   rebuild the C++ library after a change (the others do it too)'
 	@echo 'make format   apply the formatter and the safe lint fixes'
@@ -49,6 +50,14 @@ test: native
 	cd $(ROOT) && $(BIN)/ruff format --check .
 	$(BIN)/python $(ROOT)/tests/typecheck.py
 	cd $(ROOT) && $(BIN)/pytest $(PYTEST_ARGS)
+
+# Kernels run in Triton's interpreter in one process and are compiled in another: Triton decides when it is imported.
+proof: native
+	cd $(ROOT) && TRITON_INTERPRET=1 $(BIN)/pytest $(PYTEST_ARGS) tests/proof/interpreted
+	cd $(ROOT) && $(BIN)/pytest $(PYTEST_ARGS) tests/proof/codegen
+
+proof-all: export BERNINI_PROOF = all
+proof-all: proof
 
 bench: native
 	cd $(ROOT) && $(BIN)/python -m bench_perf all

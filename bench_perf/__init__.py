@@ -8,4 +8,14 @@ BENCHMARKS: dict[str, str] = {
     "load": "bench_perf.load",
     "renderer": "bench_perf.renderer",
     "guided_step": "bench_perf.guided_step",
+    "rms_norm": "bench_perf.rms_norm",
+    "qk_rope": "bench_perf.qk_rope",
+    "modulate": "bench_perf.modulate",
+    "scatter": "bench_perf.scatter",
+}
+
+# Names that run several of them.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "kernels": ("rms_norm", "qk_rope", "modulate", "scatter"),
+    "all": tuple(BENCHMARKS),
 }

@@ -4,13 +4,14 @@ The rules, and why:
 
 * Both sides are interleaved in one process, in alternating order: drifts of clock and temperature hit both.
 * A call under 10 ms is repeated to at least 50 ms, so that a timer tick or a late thread does not count.
-* The median judges; minimum and p80 are kept in the note and show the spread.
+* The median judges; minimum and p80 (on a GPU p20 and p80) are kept in the note and show the spread.
 * The measured function allocates its outputs itself, as a user's call does.
 * Nothing is judged on a busy machine: one other process on two cores can turn 0.05 ms into 8 ms.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import resource
@@ -26,6 +27,9 @@ BUDGET = 3.0  # seconds of measuring for both sides together, within the limits 
 ROUNDS = (5, 40)
 BUSY = 0.05  # cores: more than this used by others, and nothing is judged
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}  # of time, per second
+COUNTED = ("TFLOP",)  # units of what is worked out and not measured: the same on every machine
+
+Sample = Callable[[Callable[[], Any], int], float]
 
 
 @dataclass(frozen=True)
@@ -143,16 +147,23 @@ class Timing:
     """Seconds per call over all samples."""
 
     minimum: float
+    p20: float
     median: float
     p80: float
 
     @classmethod
     def of(cls, samples: list[float]) -> Timing:
         ranked = sorted(samples)
-        return cls(ranked[0], statistics.median(ranked), ranked[math.ceil(0.8 * len(ranked)) - 1])
+        p20, p80 = (ranked[math.ceil(share * len(ranked)) - 1] for share in (0.2, 0.8))
+        return cls(ranked[0], p20, statistics.median(ranked), p80)
 
-    def spread(self, unit: str) -> str:
-        return f"{self.minimum * UNITS[unit]:.3g}..{self.p80 * UNITS[unit]:.3g}"
+    def per(self, calls: int) -> Timing:
+        """Of one call, where each sample was so many."""
+        return Timing(self.minimum / calls, self.p20 / calls, self.median / calls, self.p80 / calls)
+
+    def spread(self, unit: str, low: str = "minimum") -> str:
+        """From the minimum, or from p20, to p80."""
+        return f"{getattr(self, low) * UNITS[unit]:.3g}..{self.p80 * UNITS[unit]:.3g}"
 
 
 def _sample(call: Callable[[], Any], repeats: int) -> float:
@@ -163,18 +174,21 @@ def _sample(call: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _repeats(call: Callable[[], Any]) -> int:
+def _repeats(call: Callable[[], Any], sample: Sample) -> int:
     """How often to call for one sample. The calls made to find out also warm up caches, threads and compilers."""
     call()
-    seconds = _sample(call, 1)
+    seconds = sample(call, 1)
     if seconds < LONG_ENOUGH:
-        seconds = min(seconds, *(_sample(call, 1) for _ in range(3)))
+        seconds = min(seconds, *(sample(call, 1) for _ in range(3)))
     return 1 if seconds >= LONG_ENOUGH else math.ceil(SAMPLE / max(seconds, 1e-9))
 
 
-def interleave(*sides: Callable[[], Any], budget: float = BUDGET) -> list[Timing]:
-    """Times the sides in turns, beginning with another one in every round."""
-    repeats = [_repeats(side) for side in sides]
+def interleave(*sides: Callable[[], Any], budget: float = BUDGET, sample: Sample = _sample) -> list[Timing]:
+    """Times the sides in turns, beginning with another one in every round.
+
+    ``sample`` takes a side and a number of repeats and tells the seconds per call: by this process's clock, or a GPU's.
+    """
+    repeats = [_repeats(side, sample) for side in sides]
     samples: list[list[float]] = [[] for _ in sides]
     start = time.perf_counter()
     for done in range(ROUNDS[1]):
@@ -182,7 +196,7 @@ def interleave(*sides: Callable[[], Any], budget: float = BUDGET) -> list[Timing
             break
         for turn in range(len(sides)):
             number = (turn + done) % len(sides)
-            samples[number].append(_sample(sides[number], repeats[number]))
+            samples[number].append(sample(sides[number], repeats[number]))
     return [Timing.of(values) for values in samples]
 
 
@@ -224,3 +238,27 @@ def compare(
         unfit=watching.unfit,
         note="; ".join(part for part in (f"peer: {peer_name}" if peer_name else "", note, f"{spread} {unit}") if part),
     )
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def _resident_peak() -> int:
+    """The most bytes of this process that were in memory at one time, since :func:`extra_memory` last began."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+
+
+def extra_memory(call: Callable[[], Any]) -> int:
+    """Bytes of host memory that the call needs at its peak, its result included, beyond those in use before.
+
+    The kernel keeps the peak, so nothing is missed between samples. Linux with glibc only: memory that was freed but
+    kept is given back first, or a temporary could hide in it.
+    """
+    call()  # threads and workspaces that stay
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # the peak becomes what is in use now
+    before = _resident_peak()
+    call()
+    return _resident_peak() - before

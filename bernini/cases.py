@@ -142,6 +142,10 @@ _KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "eta": ("eta", number),
     "norm_threshold": ("thresholds", thresholds),
     "momentum": ("momentum", number),
+    "planning_step": ("planning_steps", count),
+    "vit_denoising_step": ("decoder_steps", count),
+    "vit_txt_cfg": ("vit_txt_cfg", number),
+    "vit_img_cfg": ("vit_img_cfg", number),
 }
 """The public name of each key, what it is called here, and the check of its value."""
 

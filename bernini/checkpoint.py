@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .layouts import BUNDLE, component_folder, read_layout, resolve
+from .layouts import BUNDLE_CONFIGS, component_folder, read_layout, resolve
 from .renderer.config import RendererConfig
 from .renderer.model import KEEP_IN_FP32, Renderer
 from .renderer.sampler import Experts, Which
@@ -201,12 +201,15 @@ def _put(model: nn.Module, name: str, weight: Tensor) -> None:
     setattr(model.get_submodule(parent), leaf, nn.Parameter(weight, requires_grad=False))
 
 
-def open_expert(folder: str | Path, which: Which = "high", *, needs_config: bool = True) -> ExpertSource:
+def open_expert(
+    folder: str | Path, which: Which = "high", *, needs_config: bool = True, config_file: Path | None = None
+) -> ExpertSource:
     """Checks an expert's folder by its config and its files' headers; reads no weights.
 
     Args:
         which: whose prefixes to look for in files that hold several parts.
         needs_config: whether ``config.json`` must be there. Raw exports have none for the transformer.
+        config_file: where that config is, if not in the folder under that name (bundles).
 
     Warns:
         CheckpointWarning: ``config.json`` states other dimensions than the tensors have.
@@ -215,7 +218,7 @@ def open_expert(folder: str | Path, which: Which = "high", *, needs_config: bool
         CheckpointError: a file is missing or broken, or a tensor missing, unexpected or misshapen.
     """
     folder = Path(folder)
-    file = folder / "config.json"
+    file = folder / "config.json" if config_file is None else config_file
     config = read_json(file) if needs_config or file.is_file() else {}
     tensors = expert_tensors(read_weights(folder), which)
     if not tensors:
@@ -273,21 +276,23 @@ def open_experts(
         CheckpointWarning: wrong dimensions in a config; an expert that is alone where two may be meant.
 
     Raises:
-        CheckpointError: the folder, a file or a tensor is missing or wrong, or it is a full bundle.
+        CheckpointError: the folder, a file or a tensor is missing or wrong.
     """
     folder = Path(folder)
     layout = read_layout(folder)
-    if layout.kind == "bundle":
-        raise CheckpointError(f"{folder}: {BUNDLE}")
     if layout.remark:
         warnings.warn(layout.remark, CheckpointWarning, stacklevel=2)
-    diffusers = layout.kind == "diffusers"
+    bundle, needs_config = layout.kind == "bundle", layout.kind != "raw"
     for place in layout.experts.values():
         if not place.folder.is_dir():
             raise CheckpointError(f"{place.folder}: no such folder; the checkpoint is incomplete")
     experts = {
-        role: open_expert(place.folder, place.which, needs_config=diffusers) for role, place in layout.experts.items()
-    }
+        role: open_expert(
+            place.folder, place.which, needs_config=needs_config,
+            config_file=folder / BUNDLE_CONFIGS[place.which] if bundle else None,
+        )
+        for role, place in layout.experts.items()
+    }  # fmt: skip
     if "low" in experts:
         high, low = experts["high"].config, experts["low"].config
         for key in ("in_channels", "out_channels", "patch_size", "text_dim"):

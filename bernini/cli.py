@@ -44,7 +44,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     init = commands.add_parser("init", help="write a small checkpoint with random weights")
     init.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
-    init.add_argument("--size", choices=["toy"], default="toy", help="which model (default: toy)")
+    init.add_argument("--size", choices=["toy", "toy-full"], default="toy",
+                      help="toy: a renderer; toy-full: a bundle with a planner (default: toy)")  # fmt: skip
     init.add_argument("--seed", type=seed, default=0, help="seed of the weights (default: 0)")
     init.set_defaults(run=_init)
 
@@ -64,10 +65,12 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
 def _init(args: argparse.Namespace) -> int:
     from .toy import write_toy
+    from .toy_full import write_toy_full
 
     quiet_libraries()
+    write = {"toy": write_toy, "toy-full": write_toy_full}[args.size]
     try:
-        folder = write_toy(args.folder, seed=args.seed)
+        folder = write(args.folder, seed=args.seed)
     except OSError as error:
         raise UserError(str(error)) from error
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

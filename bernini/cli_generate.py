@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from .media import Clip
     from .pipeline import Bernini
+    from .planner.stage import Planned
     from .request import Request, Settings
 
 
@@ -35,6 +37,8 @@ class Job:
     settings: Settings
     output: Path | None
     frames_dir: Path | None = None
+    plan_out: Path | None = None
+    plan_image: Path | None = None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     if args.inputs is not None:
         return _run_list(args)
     case = Case("result", {}) if args.case is None else read_case(args.case, args.case_root)
-    job = _job(case, args, folder=args.case is not None and args.output is not None and args.output.is_dir())
+    folder = args.case is not None and args.output is not None and args.output.is_dir()
+    job = _job(case, args, folder=folder, planner=_has_planner(args))
     where = place(args.device, args.dtype, args.attention)
     quiet_libraries()
     with _enough_memory():
@@ -55,7 +60,11 @@ def _run_list(args: argparse.Namespace) -> int:
     """All cases of a list with one model; those that fail are told apart from the others."""
     if args.frames_dir is not None:
         raise UserError("--frames-dir is for a single result, not for --inputs")
+    for name in ("plan", "plan_out", "plan_image"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for a single result, not for --inputs")
     cases = read_cases(args.inputs, args.case_root)
+    planner = _has_planner(args)
     where = place(args.device, args.dtype, args.attention)
     failures: list[str] = []
 
@@ -69,7 +78,7 @@ def _run_list(args: argparse.Namespace) -> int:
             try:
                 if isinstance(case, UserError):
                     raise case
-                job = _job(case, args, folder=True)
+                job = _job(case, args, folder=True, planner=planner)
                 if job.output in jobs:
                     raise UserError(f"{job.output} is the output of {jobs[job.output].name} already")
                 jobs[job.output] = job
@@ -128,10 +137,11 @@ def _enough_memory() -> Iterator[None]:
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
 
-def _job(case: Case, args: argparse.Namespace, *, folder: bool) -> Job:
+def _job(case: Case, args: argparse.Namespace, *, folder: bool, planner: bool) -> Job:
     """A case with the command line's options over it.
 
     ``folder``: ``--output``, if given, is a folder, in which the file is named after the case's own output or the case.
+    ``planner``: whether the model has one.
     """
     from .frames_folder import check_frames_folder
     from .media import check_output, is_picture
@@ -144,7 +154,7 @@ def _job(case: Case, args: argparse.Namespace, *, folder: bool) -> Job:
     output: Path | None = case.output if folder or args.output is None else args.output
     still = output is not None and is_picture(output)
     request = to_request(options, still=still)
-    settings = settle(request)
+    settings = settle(request, planner=planner)
     if folder and args.output is not None:
         suffix = ".png" if TASKS[settings.task].still else ".mp4"
         output = args.output / (case.name + suffix if output is None else output.name)
@@ -159,7 +169,28 @@ def _job(case: Case, args: argparse.Namespace, *, folder: bool) -> Job:
             raise UserError(f"{error}{hint}") from None
     if args.frames_dir is not None:
         check_frames_folder(args.frames_dir)
-    return Job(case.name, request, settings, output, args.frames_dir)
+    _check_plan(args, request, planner, output)
+    return Job(case.name, request, settings, output, args.frames_dir, args.plan_out, args.plan_image)
+
+
+def _check_plan(args: argparse.Namespace, request: Request, planner: bool, output: Path | None) -> None:
+    from .planner.plan_file import load_plan
+
+    for path, ending in ((args.plan_out, ".safetensors"), (args.plan_image, ".png")):
+        if path is None:
+            continue
+        if not planner:
+            raise UserError(f"{path}: there will be no plan; this checkpoint has no planner")
+        if path.suffix.lower() != ending:
+            raise UserError(f"{path}: must end in {ending}")
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            what = "is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"
+            raise UserError(f"{path}: {what}")
+        if output is not None and path.resolve() == output.resolve():
+            raise UserError(f"{path}: is the --output as well; the result would take its place")
+        _check_not_a_source(path, request)
+    if isinstance(request.plan, Path):
+        load_plan(request.plan)
 
 
 def _check_not_a_source(output: Path, request: Request) -> None:
@@ -176,6 +207,12 @@ def _with_sources(job: Job) -> Job:
 
 
 # --- doing it ---------------------------------------------------------------------------------------------------------
+
+
+def _has_planner(args: argparse.Namespace) -> bool:
+    from .layouts import has_planner
+
+    return has_planner(args.model)
 
 
 def _load(args: argparse.Namespace, where: Place) -> Bernini:
@@ -196,16 +233,31 @@ def _generate(model: Bernini, where: Place, job: Job) -> None:
 
     settings = job.settings
     frames, height, width = result_shape(job.request, settings)
+    planning = settings.planning
+    plans = f"{planning.steps} planning steps, " if planning is not None and job.request.plan is None else ""
     say(
-        f"{job.name}: task {settings.task}, mode {settings.mode}, preset {job.request.preset}, {settings.steps} steps, "
+        f"{job.name}: task {settings.task}, mode {settings.mode}, preset {settings.preset_name}, {plans}"
+        f"{settings.steps} steps, "
         f"{frames} frame{'s' if frames > 1 else ''} of {height}x{width}, seed {job.request.seed}; {where.describe()}"
     )
     with progress_bar() as progress:
-        clip = model.generate(job.request, progress)
+        clip = model.generate(job.request, progress, partial(_write_plan, job))
     for path, write in _writers(job, clip):
         write()
         frames, height, width, _ = clip.frames.shape
         print(f"{path}: {frames} frame{'s' if frames > 1 else ''} of {height}x{width}", flush=True)
+
+
+def _write_plan(job: Job, planned: Planned) -> None:
+    """Written before anything is rendered: rendering is what takes long."""
+    from .media import save_picture
+    from .planner.plan_file import save_plan
+    from .planner.plan_image import plan_image
+
+    if job.plan_out is not None:
+        save_plan(job.plan_out, planned.plan)
+    if job.plan_image is not None:
+        save_picture(job.plan_image, plan_image((planned.plan.visual, planned.plan.embeds), planned.sources))
 
 
 def _writers(job: Job, clip: Clip) -> Sequence[tuple[Path, Callable[[], None]]]:

@@ -96,8 +96,9 @@ def size(text: str) -> tuple[int, int]:
 
 REQUEST = (
     "prompt", "videos", "images", "task", "mode", "preset", "negative_prompt", "steps", "seed", "size", "height",
-    "width", "num_frames", "fps", "max_size", "omega_vid", "omega_img", "omega_txt", "omega_tgt", "switch_factor",
-    "eta", "thresholds", "momentum", "flow_shift", "solver", "sigma_schedule",
+    "width", "num_frames", "fps", "max_size", "source_order", "omega_vid", "omega_img", "omega_txt", "omega_tgt",
+    "switch_factor", "eta", "thresholds", "momentum", "flow_shift", "solver", "sigma_schedule",
+    "planning_steps", "decoder_steps", "vit_txt_cfg", "vit_img_cfg", "plan_parity", "plan",
 )  # fmt: skip
 """Those that say what is to be made: fields of :class:`bernini.request.Request`, ``None`` where not given."""
 
@@ -135,9 +136,13 @@ def add_generate(parser: Parser) -> None:
     group.add_argument("--fps", type=rate, metavar="F", help="frames per second (default: 16)")
     group.add_argument("--max-size", "--max-image-size", dest="max_size", type=count, metavar="N",
                        help="longest edge of sources in pixels (default: 848)")  # fmt: skip
+    group.add_argument("--source-order", choices=["videos-first", "images-first"],
+                       help="which sources get the lower segment ids (default: videos-first, as released)")  # fmt: skip
 
     group = parser.add_argument_group("sampling")
-    group.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: bernini-r)")
+    group.add_argument(
+        "--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: bernini-r, or v2 with a planner)"
+    )
     group.add_argument("--guidance-mode", dest="mode", metavar="MODE", help="which branches are guided, and how")
     group.add_argument("--steps", "--num-inference-steps", dest="steps", type=count, metavar="N", help="sampling steps")
     group.add_argument("--seed", type=seed, metavar="N", help="seed of the noise (default: 42)")
@@ -156,6 +161,19 @@ def add_generate(parser: Parser) -> None:
     solvers.add_argument("--no-use-unipc", dest="solver", action="store_const", const="euler", help="--solver euler")
     group.add_argument("--sigma-schedule", choices=["release", "diffusers-0.42"],
                        help="noise levels as released or as newer diffusers has them (default: release)")  # fmt: skip
+
+    group = parser.add_argument_group("planning (full checkpoints)")
+    group.add_argument("--planning-steps", "--planning-step", dest="planning_steps", type=count, metavar="N",
+                       help="refinement steps of the plan")  # fmt: skip
+    group.add_argument("--decoder-steps", "--vit-denoising-step", dest="decoder_steps", type=count, metavar="N",
+                       help="steps of the ViT-embedding decoder")  # fmt: skip
+    group.add_argument("--vit-txt-cfg", type=number, metavar="W", help="plan guidance: the sources (default: 1.2)")
+    group.add_argument("--vit-img-cfg", type=number, metavar="W", help="plan guidance: the text (default: 1.0)")
+    group.add_argument("--plan-parity", action="store_const", const=True, default=None,
+                       help="plan with the released loop's quirks and random numbers")  # fmt: skip
+    group.add_argument("--plan", type=Path, metavar="FILE", help="render this plan instead of making one")
+    group.add_argument("--plan-out", type=Path, metavar="FILE", help="save the plan, for --plan")
+    group.add_argument("--plan-image", type=Path, metavar="FILE.png", help="draw the plan beside the sources")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, or owner/name on the hub")

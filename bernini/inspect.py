@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import derive, expected_shapes, expert_tensors, mismatches
-from .layouts import BUNDLE, ExpertPlace, Layout, read_layout
+from .layouts import ExpertPlace, Layout, read_layout
 from .renderer.config import RendererConfig
 from .renderer.sampler import Which
 from .weights import CheckpointError, Found, Stored, read_json, scan
@@ -95,7 +95,6 @@ def inspect(folder: str | Path) -> Report:
     report.layout, report.model_type = layout.kind, layout.model_type
     if layout.kind == "bundle":
         report.boundary = layout.boundary
-        report.notes.append(f"recognised, but it is {BUNDLE}")
         _bundle(report)
     else:
         _renderer(report, layout)
@@ -142,6 +141,8 @@ def _bundle(report: Report) -> None:
     left = dict(found.tensors)
     for prefix, (what, counts) in BUNDLE_PARTS.items():
         inside = {name: left.pop(name) for name in list(left) if name.removeprefix("ema.").startswith(prefix)}
+        if not inside and (report.folder / prefix.rstrip(".")).is_dir():
+            continue  # the text encoder: in the bundle, or in a folder of its own, which is looked at below
         component = _counted(prefix.rstrip("."), what, Found(tensors=inside))
         component.files, component.bytes = len({s.file for s in inside.values()}), sum(s.size for s in inside.values())
         report.components.append(component)

@@ -8,7 +8,9 @@
 ``raw``: the training export. ``bernini_renderer_high/`` and ``bernini_renderer_low/``, with the weights of other parts
 among those of the expert. It has no other folders, and need not have a ``config.json``.
 
-``bundle``: a full Bernini with its planner (``model_type: bernini``): ``bernini/`` holds the weights of all parts.
+``bundle``: a full Bernini with its planner (``model_type: bernini``): ``bernini/`` holds the weights of all parts,
+``mllm/`` the planner's config and tokenizer, ``transformer_config.json`` and ``transformer_2_config.json`` the experts'
+dimensions, ``t5_text_encoder/`` and ``t5_tokenizer/`` the text parts.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ BOUNDARY = 0.875
 """Share of the 1000 timesteps from which on the high-noise expert works, where no config says."""
 DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt")
 """Files of a Hugging Face repository that are of use: configs, weights, tokenizers."""
-BUNDLE = "a full Bernini with its planner; only Bernini-R checkpoints (renderer only) can be run yet"
+_REPOSITORY = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+BUNDLE_WEIGHTS = "bernini"
+"""Folder of a bundle that holds the weights of all its parts."""
+BUNDLE_CONFIGS: dict[Which, str] = {"high": "transformer_config.json", "low": "transformer_2_config.json"}
 
 
 class ExpertPlace(NamedTuple):
@@ -65,7 +70,10 @@ def read_layout(folder: str | Path) -> Layout:
     config = {"model_type": "bernini_renderer"} if present and not file.is_file() else read_json(file)
     model_type = config.get("model_type")
     if model_type == "bernini":
-        return Layout("bundle", model_type, {}, _boundary(config, file))
+        weights = folder / BUNDLE_WEIGHTS
+        both: tuple[Which, ...] = ("high", "low")
+        places = {which: ExpertPlace(weights, which) for which in both}
+        return Layout("bundle", model_type, places, _boundary(config, file))
     if model_type != "bernini_renderer":
         if config.get("_class_name") == "WanTransformer3DModel":
             raise CheckpointError(f"{folder}: the folder of one expert; give the checkpoint folder above it")
@@ -92,6 +100,19 @@ def _boundary(config: Mapping[str, Any], file: Path) -> float:
     return float(share) * 1000
 
 
+def has_planner(model: str | Path) -> bool:
+    """Whether this is a full Bernini, by its ``config.json`` alone. False if that cannot be had: what is wrong with a
+    checkpoint is said when it is opened."""
+    folder = Path(model).expanduser()
+    try:
+        if not folder.is_dir():
+            resolved = re.fullmatch(_REPOSITORY, str(model)) and not folder.exists()
+            folder = _download(str(model), ["config.json"]) if resolved else folder
+        return read_json(folder / "config.json").get("model_type") == "bernini"
+    except CheckpointError:
+        return False
+
+
 def component_folder(root: str | Path, name: str) -> Path:
     """The folder of a part beside the experts: ``vae``, ``text_encoder``, ``tokenizer`` or ``scheduler``.
 
@@ -114,8 +135,7 @@ def component_folder(root: str | Path, name: str) -> Path:
 def resolve(model: str | Path, *, parts: Sequence[str] | None = None) -> Path:
     """A checkpoint folder from what a person wrote: the folder itself, or ``owner/name`` on Hugging Face.
 
-    A repository is fetched into Hugging Face's cache, or found there. Its ``config.json`` is looked at first, so that
-    nobody waits for the weights of a model that cannot be run.
+    A repository is fetched into Hugging Face's cache, or found there.
 
     Args:
         parts: fetch only these folders of a repository (and what lies at its top), e.g. ``("vae", "tokenizer")``.
@@ -128,12 +148,9 @@ def resolve(model: str | Path, *, parts: Sequence[str] | None = None) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder}: a file; a checkpoint is a folder")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+    if not re.fullmatch(_REPOSITORY, name):
         raise CheckpointError(f"{folder}: no such folder")
     if parts is None:
-        config = _download(name, ["config.json"]) / "config.json"
-        if config.is_file() and read_json(config).get("model_type") == "bernini":
-            raise CheckpointError(f"{name}: {BUNDLE}")
         return _download(name, list(DOWNLOADED))
     folders = [name for part in parts for name in (part, f"t5_{part}")]  # as in component_folder
     return _download(name, ["config.json", *(f"{folder}/{end}" for folder in folders for end in DOWNLOADED)])

@@ -1,33 +1,38 @@
-"""From a prompt and source media to frames: the whole of Bernini-R in one call.
+"""From a prompt and source media to frames: the whole of Bernini in one call.
 
-    media -> VAE latents -> packed segments -> guided sampling -> VAE -> frames
+    media, prompt -> planner -> plan and contexts                                        (full checkpoints)
+    media -> VAE latents -> packed segments -> guided sampling under the contexts -> VAE -> frames
 
-Every box is a module of :mod:`bernini.renderer`; this file only connects them.
+Every box is a module of :mod:`bernini.planner` or :mod:`bernini.renderer`; this file only connects them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bernini.kernels import Segment, SegmentLayout, segment_phases
 
-from .checkpoint import CheckpointError, component_folder, open_experts, resolve
+from .checkpoint import CheckpointError, component_folder, open_experts, read_json, read_layout, resolve
 from .media import Clip, from_model, to_model
 from .presets import NEGATIVE_PROMPT, TASK_PREFIXES
 from .renderer.latents import patch_grid, patchify, unpatchify
 from .renderer.model import Renderer
 from .renderer.sampler import ExpertPair, Experts, OneAtATime, Which, sample
 from .renderer.schedule import make_solver
-from .renderer.text import TextEncoder
+from .renderer.text import TextEncoder, assemble_context
 from .renderer.vae import VideoAutoencoder
-from .request import Request, settle
+from .request import Request, Settings, settle
 from .sources import read_sources, result_shape
+
+if TYPE_CHECKING:
+    from .planner.stage import Planned, PlannerStage
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
 
@@ -36,7 +41,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Bernini:
-    """A renderer-only Bernini: two experts (or one), a text encoder and a video autoencoder.
+    """Two experts (or one), a text encoder and a video autoencoder, and in a full Bernini the planner.
 
     Example::
 
@@ -44,8 +49,19 @@ class Bernini:
         clip = model("make it snow", videos=["in.mp4"], steps=20)
     """
 
-    def __init__(self, experts: ExpertPair, text: TextEncoder, vae: VideoAutoencoder, device: str = "cpu") -> None:
-        self.experts, self.text, self.vae, self.device = experts, text, vae, device
+    def __init__(
+        self,
+        experts: ExpertPair,
+        text: TextEncoder,
+        vae: VideoAutoencoder,
+        device: str = "cpu",
+        planner: Callable[[], PlannerStage] | None = None,
+    ) -> None:
+        self.experts, self.text, self.vae, self.device, self._planner = experts, text, vae, device, planner
+
+    @property
+    def has_planner(self) -> bool:
+        return self._planner is not None
 
     @classmethod
     def from_pretrained(
@@ -58,14 +74,15 @@ class Bernini:
         low_memory: bool = False,
         components: str | Path | None = None,
     ) -> Bernini:
-        """Loads a checkpoint in the released Bernini-R layouts.
+        """Loads a checkpoint in one of the released layouts: Bernini-R, its raw export, or a full Bernini.
 
         Args:
             model: a folder, or a Hugging Face repository ``owner/name``.
             dtype: of experts and text encoder; by default bfloat16 on an accelerator and float32 on a CPU. The VAE
                 always runs in float32.
             attention: a backend of ``bernini.kernels.attention``'s table, or ``"auto"``.
-            low_memory: keeps one expert in memory at a time and loads the other when its steps begin.
+            low_memory: keeps one expert in memory at a time and loads the other when its steps begin; the planner is
+                loaded for each request and gone before the first expert comes.
             components: folder or repository with ``vae``, ``text_encoder`` and ``tokenizer``, where ``model`` is a raw
                 export that has none.
 
@@ -90,40 +107,44 @@ class Bernini:
             expert.backend = attention
             return expert
 
+        planner = _planner(folder, dtype, device, attention) if read_layout(folder).kind == "bundle" else None
         experts: ExpertPair
+        if planner is not None and not low_memory:
+            stage = planner()
+            planner = lambda: stage  # noqa: E731
         if low_memory:
             experts = OneAtATime(load, files.config, has_low=files.has_low, boundary=files.boundary)
         else:
             experts = Experts(load("high"), load("low") if files.has_low else None, files.boundary)
-        return cls(
-            experts, TextEncoder(tokenizer, encoder.to(device).eval()), VideoAutoencoder(vae.to(device).eval()), device
-        )
+        text, autoencoder = TextEncoder(tokenizer, encoder.to(device).eval()), VideoAutoencoder(vae.to(device).eval())
+        return cls(experts, text, autoencoder, device, planner)
 
     def __call__(self, prompt: str, *, progress: Progress | None = None, **options: Any) -> Clip:
         """``generate(Request(prompt, **options))``."""
         return self.generate(Request(prompt, **options), progress)
 
-    def generate(self, request: Request, progress: Progress | None = None) -> Clip:
+    def generate(
+        self, request: Request, progress: Progress | None = None, on_plan: Callable[[Planned], None] | None = None
+    ) -> Clip:
         """Runs one request.
+
+        Args:
+            on_plan: called with what the planner made, before anything is rendered.
 
         Raises:
             UserError: an option that cannot work; MediaError: a file that cannot be read.
         """
-        chosen = settle(request)
+        chosen = settle(request, planner=self.has_planner)
         report = progress or (lambda stage, done, total: None)
         request = read_sources(request, chosen, report)
+        shape = self.vae.latent_shape(*result_shape(request, chosen))
+        texts = self._contexts(request, chosen, shape, report, on_plan)
         sources = [to_model(source) for source in (*request.videos, *request.images)]  # type: ignore[arg-type]
         latents = []
         for number, pixels in enumerate(sources):
             report("encoding", number, len(sources))
             latents.append(self.vae.encode(pixels.to(self.device)))
-        shape = self.vae.latent_shape(*result_shape(request, chosen))
-        layout = self._layout([tuple(latent.shape) for latent in latents], shape)
-        negative = NEGATIVE_PROMPT if request.negative_prompt is None else request.negative_prompt
-        texts = {
-            "positive": self.text(request.prompt, prefix=TASK_PREFIXES[chosen.task]),
-            "negative": self.text(negative),
-        }
+        layout = self._layout([tuple(latent.shape) for latent in latents], shape, request)
         noise = torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(request.seed))[0]
         tokens = sample(
             self.experts,
@@ -143,6 +164,55 @@ class Bernini:
         report("decoding", 1, 1)
         return result
 
+    def _contexts(
+        self, request: Request, chosen: Settings, latent_shape: tuple[int, ...], report: Progress,
+        on_plan: Callable[[Planned], None] | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The renderer's contexts by name: the text's states, and behind them, with a planner, its own."""
+        negative = NEGATIVE_PROMPT if request.negative_prompt is None else request.negative_prompt
+        planned = self._plan(request, chosen, latent_shape, negative, report)
+        if planned is not None and on_plan is not None:
+            on_plan(planned)
+        texts = {
+            "positive": self.text.states(request.prompt, prefix=TASK_PREFIXES[chosen.task]),
+            "negative": self.text.states(negative),
+        }
+        if planned is None:
+            return {name: assemble_context(states) for name, states in texts.items()}
+        made = planned.contexts
+        return {
+            name: assemble_context(texts[text], states.to(texts[text].dtype))
+            for name, text, states in (
+                ("positive", "positive", made.positive),
+                ("negative", "negative", made.negative),
+                ("planned", "positive", made.planned),
+            )
+        }
+
+    def _plan(
+        self, request: Request, chosen: Settings, latent_shape: tuple[int, ...], negative_prompt: str, report: Progress
+    ) -> Planned | None:
+        """The planner's part; ``None`` without one."""
+        if self._planner is None or chosen.planning is None:
+            return None
+        from .planner.decode import ReleasedSeeded, Seeded
+        from .planner.plan_file import load_plan
+
+        plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
+        patches = math.prod(patch_grid(latent_shape, self._patch))
+        stage = self._planner()
+        return stage(
+            request.prompt,
+            (*request.videos, *request.images),  # type: ignore[arg-type]
+            stage.target(*result_shape(request, chosen), request.fps),
+            task=chosen.task,
+            negative_prompt=negative_prompt,
+            settings=chosen.planning,
+            draws=ReleasedSeeded(request.seed, patches) if request.plan_parity else Seeded(request.seed),
+            plan=plan,
+            progress=report,
+        )
+
     @property
     def _patch(self) -> tuple[int, int, int]:
         return self.experts.config.patch_size
@@ -150,15 +220,40 @@ class Bernini:
     def _tokens(self, latent: Tensor) -> Tensor:
         return patchify(latent, self._patch)
 
-    def _layout(self, sources: Sequence[tuple[int, ...]], target: tuple[int, ...]) -> SegmentLayout:
-        """One sample: the sources, numbered from 1, then the target, number 0."""
+    def _layout(
+        self, sources: Sequence[tuple[int, ...]], target: tuple[int, ...], request: Request
+    ) -> SegmentLayout:  # fmt: skip
+        """One sample: videos and images, numbered from 1 in the request's order, then the target, number 0."""
         phases = segment_phases(len(sources))
+        if request.source_order == "images-first":
+            images = len(request.images)
+            phases = (*phases[images:], *phases[:images])
         return SegmentLayout(
             [
                 *(Segment("source", patch_grid(s, self._patch), p) for s, p in zip(sources, phases, strict=True)),
                 Segment("target", patch_grid(target, self._patch)),
             ]
         )
+
+
+def _planner(folder: Path, dtype: torch.dtype, device: str, attention: str) -> Callable[[], PlannerStage]:
+    """Checks a bundle's planner now; the function that comes back loads it."""
+    from transformers import AutoTokenizer
+
+    from .planner.loading import MLLM_FOLDER, open_planner
+    from .planner.stage import PlannerStage
+    from .planner.vision import VisionRules
+
+    source = open_planner(folder)
+    tokenizer = _load(folder / MLLM_FOLDER, AutoTokenizer.from_pretrained)
+    file = folder / MLLM_FOLDER / "preprocessor_config.json"
+    preprocessor = read_json(file) if file.is_file() else {}
+
+    def load() -> PlannerStage:
+        planner = source.load(dtype=dtype, device=device)
+        return PlannerStage(planner, tokenizer, VisionRules.of(planner.vision_config, preprocessor), backend=attention)
+
+    return load
 
 
 def _load(folder: Path, load: Callable[..., Any], **options: Any) -> Any:

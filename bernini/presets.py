@@ -101,7 +101,19 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = {
 # fmt: on
 
 NUM_FRAMES, FPS, MAX_SIZE, SEED = 81, 16, 848, 42
+VIT_TXT_CFG, VIT_IMG_CFG = 1.2, 1.0
 ETA, THRESHOLDS, MOMENTUM, FLOW_SHIFT = 0.5, (50.0, 50.0, 50.0), 0.0, 5.0
+
+SYSTEM_PROMPTS: Mapping[str, str] = {
+    "default": "You are a helpful assistant.",
+    "t2i": "You are a helpful assistant specialized in text-to-image generation.",
+    "t2v": "You are a helpful assistant specialized in text-to-video generation.",
+    "i2i": "You are a helpful assistant specialized in image editing.",
+    "v2v": "You are a helpful assistant specialized in video editing.",
+    "r2v": "You are a helpful assistant specialized in subject-to-video generation.",
+    "rv2v": "You are a helpful assistant specialized in video editing with reference.",
+}
+"""The planner's system turn by task; a task that is not here takes the default (facts, section E.2)."""
 
 TASK_PREFIXES: Mapping[str, str] = {
     "t2i": "You are a helpful assistant specialized in text-to-image generation.",

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .errors import UserError
 from .media import Clip
 from .media_rules import STRIDE, frame_count
+from .planner.settings import PlanSettings, check_visuals
 from .presets import (
     ETA,
     FLOW_SHIFT,
@@ -24,15 +25,22 @@ from .presets import (
     SEED,
     TASKS,
     THRESHOLDS,
+    VIT_IMG_CFG,
+    VIT_TXT_CFG,
     Preset,
     infer_task,
 )
-from .renderer.guidance import PLANS, Plan
+from .renderer.guidance import NEEDS_PLANNER, PLANS, Plan
 from .renderer.sampler import Guidance
 from .renderer.schedule import SIGMA_SCHEDULES, SOLVERS
 
+if TYPE_CHECKING:
+    from .planner.plan_file import Plan as SavedPlan
+
 Video = str | Path | Clip
 Image = str | Path | Tensor
+SOURCE_ORDERS = ("videos-first", "images-first")
+"""How sources get their segment ids, counted from 1: as the released code does, or as one port of v2 reports."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Request:
         videos, images: files, or media already read (clips; uint8 ``[H, W, 3]`` images).
         task: a name of ``presets.TASKS``; by default what the inputs mean.
         still: makes an image (one frame) where the task is to be inferred.
-        preset: a name of ``presets.PRESETS``.
+        preset: a name of ``presets.PRESETS``; by default ``bernini-r`` for a renderer alone and ``v2`` with a planner.
         mode: guidance mode, a name of ``renderer.guidance.PLANS``.
         negative_prompt: what to avoid.
         steps: sampling steps.
@@ -54,10 +62,15 @@ class Request:
         num_frames: at most this many, rounded down to 4n + 1.
         fps: rate at which videos are read and the result is shown.
         max_size: longest edge of sources, in pixels.
+        source_order: a name of :data:`SOURCE_ORDERS`: which sources get the lower segment ids.
         scales: guidance scales by name (``vid``, ``img``, ``txt``, ``tgt``), over the preset's.
         switch_factor: factor on the scales from the low-noise expert's first step on.
         eta, thresholds, momentum: of adaptive projected guidance.
         flow_shift, solver, sigma_schedule: see :func:`bernini.renderer.schedule.schedule`.
+        planning_steps, decoder_steps: of the planner, see :class:`bernini.planner.settings.PlanSettings`.
+        vit_txt_cfg, vit_img_cfg: its guidance, by the released names: weights of the sources and of the text.
+        plan_parity: plans with the released loop's quirks and random numbers.
+        plan: a file (or a plan) to render instead of planning.
     """
 
     prompt: str
@@ -65,7 +78,7 @@ class Request:
     images: Sequence[Image] = ()
     task: str | None = None
     still: bool = False
-    preset: str = "bernini-r"
+    preset: str | None = None
     mode: str | None = None
     negative_prompt: str | None = None
     steps: int | None = None
@@ -74,6 +87,7 @@ class Request:
     num_frames: int = NUM_FRAMES
     fps: float = FPS
     max_size: int = MAX_SIZE
+    source_order: str = SOURCE_ORDERS[0]
     scales: Mapping[str, float] = field(default_factory=dict)
     switch_factor: float | None = None
     eta: float = ETA
@@ -82,6 +96,12 @@ class Request:
     flow_shift: float = FLOW_SHIFT
     solver: str = "unipc"
     sigma_schedule: str = "release"
+    planning_steps: int | None = None
+    decoder_steps: int | None = None
+    vit_txt_cfg: float = VIT_TXT_CFG
+    vit_img_cfg: float = VIT_IMG_CFG
+    plan_parity: bool = False
+    plan: str | Path | SavedPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -95,10 +115,16 @@ class Settings:
     steps: int
     guidance: Guidance
     frames: int
+    preset_name: str
+    planning: PlanSettings | None
+    """``None`` for a renderer alone."""
 
 
-def settle(request: Request) -> Settings:
+def settle(request: Request, *, planner: bool = False) -> Settings:
     """Makes every choice that needs no model and no file.
+
+    Args:
+        planner: whether the model has one.
 
     Raises:
         UserError: an option that cannot work, or inputs that do not fit the task. The message names it.
@@ -106,7 +132,8 @@ def settle(request: Request) -> Settings:
     videos, images = len(request.videos), len(request.images)
     task = request.task or infer_task(videos, images, still=request.still)
     _known("task", task, TASKS)
-    _known("preset", request.preset, PRESETS)
+    preset_name = request.preset or ("v2" if planner else "bernini-r")
+    _known("preset", preset_name, PRESETS)
     for what, count, (least, most) in (
         ("video", videos, TASKS[task].videos),
         ("image", images, TASKS[task].images),
@@ -115,19 +142,26 @@ def settle(request: Request) -> Settings:
             raise UserError(f"task {task} needs {'a source' if least == 1 else least} {what}, and none was given")
         if most is not None and count > most:
             raise UserError(f"task {task} takes {'no' if most == 0 else f'at most {most}'} source {what}, got {count}")
-    presets = PRESETS[request.preset]
+    presets = PRESETS[preset_name]
     if task not in presets:
-        raise UserError(f"the preset {request.preset} has no task {task}; it has {', '.join(presets)}")
+        raise UserError(f"the preset {preset_name} has no task {task}; it has {', '.join(presets)}")
     preset = presets[task]
     mode = request.mode or preset.mode
-    if mode not in PLANS:
-        planner = mode in {p.mode for table in PRESETS.values() for p in table.values()}
-        why = " needs the planner, which this checkpoint has not" if planner else " is unknown"
-        raise UserError(f"guidance mode {mode}{why}; there are {', '.join(PLANS)}")
+    _known("guidance mode", mode, PLANS)
+    if not planner and mode in NEEDS_PLANNER:
+        able = ", ".join(other for other in PLANS if other not in NEEDS_PLANNER)
+        raise UserError(f"guidance mode {mode} needs the planner, which this checkpoint has not; there are {able}")
+    planning = None
+    if planner:
+        check_visuals(videos + images + 1)
+        planning = _planning(request, preset)
+    else:
+        _refuse_planning(request)
     steps = preset.steps if request.steps is None else request.steps
     frames = 1 if TASKS[task].still else frame_count(request.num_frames)
     _known("solver", request.solver, SOLVERS)
     _known("sigma schedule", request.sigma_schedule, SIGMA_SCHEDULES)
+    _known("order of the sources", request.source_order, SOURCE_ORDERS)
     for name, number in (
         ("the number of steps", steps),
         ("the number of frames", request.num_frames),
@@ -149,13 +183,42 @@ def settle(request: Request) -> Settings:
     for name, number in numbers.items():
         if not math.isfinite(number):
             raise UserError(f"{name} must be a finite number, got {number}")
-    plan = PLANS[mode].without_planner()
-    if plan.apg and len(request.thresholds) < len(plan.links):
+    plan = PLANS[mode] if planner else PLANS[mode].without_planner()
+    if plan.apg and plan.apg.threshold is None and len(request.thresholds) < len(plan.links):
         raise UserError(f"mode {mode} needs {len(plan.links)} norm thresholds, got {len(request.thresholds)}")
     guidance = Guidance(
         {**preset.scales, **request.scales}, factor, request.eta, tuple(request.thresholds), request.momentum
     )
-    return Settings(task, plan, mode, preset, steps, guidance, frames)
+    return Settings(task, plan, mode, preset, steps, guidance, frames, preset_name, planning)
+
+
+def _planning(request: Request, preset: Preset) -> PlanSettings:
+    steps = preset.planning if request.planning_steps is None else request.planning_steps
+    decoder = preset.decoder if request.decoder_steps is None else request.decoder_steps
+    for what, number in (("planning steps", steps), ("decoder steps", decoder)):
+        if number < 1:
+            raise UserError(f"the number of {what} must be positive, got {number}")
+    for what, weight in (("vit-txt-cfg", request.vit_txt_cfg), ("vit-img-cfg", request.vit_img_cfg)):
+        if not math.isfinite(weight):
+            raise UserError(f"{what} must be a finite number, got {weight}")
+    if request.plan_parity and not 0 <= request.seed < 2**32:
+        raise UserError(f"plan parity needs a seed below 2^32, as the released generators do; got {request.seed}")
+    return PlanSettings(steps, decoder, request.vit_txt_cfg, request.vit_img_cfg, request.plan_parity)
+
+
+def _refuse_planning(request: Request) -> None:
+    given = {
+        "planning steps": request.planning_steps,
+        "decoder steps": request.decoder_steps,
+        "a plan": request.plan,
+        "plan parity": request.plan_parity or None,
+        "vit-txt-cfg": None if request.vit_txt_cfg == VIT_TXT_CFG else request.vit_txt_cfg,
+        "vit-img-cfg": None if request.vit_img_cfg == VIT_IMG_CFG else request.vit_img_cfg,
+    }
+    asked = [what for what, value in given.items() if value is not None]
+    if asked:
+        verb = "need" if asked[0].endswith("steps") else "needs"
+        raise UserError(f"{asked[0]} {verb} the planner, which this checkpoint has not")
 
 
 def _known(what: str, name: str, names: Any) -> None:

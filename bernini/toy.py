@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +45,30 @@ ROOT = {
 }
 
 
-def byte_tokenizer() -> Any:
-    """A tokenizer of single bytes with UMT5's special tokens: any text, no training, no file to fetch."""
+def byte_tokenizer(specials: Sequence[str] = ("<pad>", "</s>", "<unk>"), *, ends: bool = True) -> Any:
+    """A tokenizer of single bytes: any text, no training, no file to fetch.
+
+    Args:
+        specials: special tokens (UMT5's by default); the first pads, the second ends a text, the third is unknown.
+        ends: whether encoding a text puts the second behind it.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    specials = ["<pad>", "</s>", "<unk>"]
+    pad, end, unknown = specials[:3]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate([*specials, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, 1)]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown, model_max_length=512,
+        additional_special_tokens=list(specials[3:]),
+    )  # fmt: skip
 
 
 def write_toy(folder: str | Path, *, seed: int = 0) -> Path:
@@ -68,30 +77,46 @@ def write_toy(folder: str | Path, *, seed: int = 0) -> Path:
     Raises:
         FileExistsError: ``folder`` exists and is not empty.
     """
+    with new_folder(folder) as work, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for expert in ("transformer", "transformer_2"):
+            save_renderer(Renderer(RENDERER), work / expert)
+        write_common_parts(work, "")
+        write_json(work / "config.json", ROOT)
+    return Path(folder)
+
+
+def write_common_parts(work: Path, prefix: str) -> None:
+    """VAE, text encoder, tokenizer and scheduler; the text parts' folders begin with ``prefix``."""
     from diffusers import AutoencoderKLWan
     from transformers import UMT5Config, UMT5EncoderModel
 
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already; choose a new folder or remove it first")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
     text = UMT5Config(
         vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
         pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
     )  # fmt: skip
+    AutoencoderKLWan(**VAE).save_pretrained(work / "vae")
+    UMT5EncoderModel(text).save_pretrained(work / f"{prefix}text_encoder")
+    tokenizer.save_pretrained(work / f"{prefix}tokenizer")
+    (work / "scheduler").mkdir()
+    write_json(work / "scheduler" / "scheduler_config.json", SCHEDULER)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write into; under its real name it appears complete or not at all.
+
+    Raises:
+        FileExistsError: ``folder`` exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already; choose a new folder or remove it first")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for expert in ("transformer", "transformer_2"):
-                save_renderer(Renderer(RENDERER), work / expert)
-            AutoencoderKLWan(**VAE).save_pretrained(work / "vae")
-            UMT5EncoderModel(text).save_pretrained(work / "text_encoder")
-        tokenizer.save_pretrained(work / "tokenizer")
-        (work / "scheduler").mkdir()
-        write_json(work / "scheduler" / "scheduler_config.json", SCHEDULER)
-        write_json(work / "config.json", ROOT)
+        yield work
         work.chmod(0o755)
         if folder.exists():
             folder.rmdir()
@@ -99,4 +124,3 @@ def write_toy(folder: str | Path, *, seed: int = 0) -> Path:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    return folder

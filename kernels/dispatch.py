@@ -1,10 +1,11 @@
 """Which implementation of an op runs, and why.
 
 Every op has up to three implementations: ``triton`` (GPUs), ``native`` (the C++ twin, or torch's own where torch is
-already right) and ``reference`` (plain PyTorch, every device and dtype, the definition of right). A call takes the
-first one that is declared for its device, dtype and rounding. ``BERNINI_KERNELS=triton|native|reference`` forces one
-for every op and fails where it cannot serve. :func:`which` tells what a call would use. An implementation that is
-declared but missing on this machine (no compiler, no Triton) is reported once, never skipped in silence.
+already right) and ``reference`` (plain PyTorch, every device and dtype, the definition of right); before them may come
+a library's, where that is known to be faster. A call takes the first one that is declared for its device, dtype,
+rounding and width. ``BERNINI_KERNELS=triton|native|reference`` forces one for every op and fails where it cannot serve.
+:func:`which` tells what a call would use. An implementation that is declared but missing on this machine (no compiler,
+no Triton) is reported once, never skipped in silence.
 
 The ops themselves are registered with ``torch.library`` under ``bernini::``, so ``torch.compile`` and FakeTensor see
 one opaque op per call with a known output shape.
@@ -22,7 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ORDER = ("triton", "native", "reference")
+ORDER = ("quack", "triton", "native", "reference")
+LIBRARIES = ("quack",)
+"""Other people's kernels, which serve an op here and there."""
+
 ROUNDINGS = ("fp32", "eager")
 FAMILIES = ("rms_norm", "qk_rope", "modulate", "guidance", "attention", "scatter")
 
@@ -38,10 +42,12 @@ class Implementation:
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     roundings: tuple[str, ...] = ROUNDINGS
+    widths: tuple[int, int] | None = None
+    """The least and the most elements of a row; a call that does not tell its width is not served."""
     missing: Callable[[], str | None] = lambda: None
     """Returns why it cannot run on this machine, or ``None`` if it can. Asked at every choice: keep it cheap."""
 
-    def limits(self, device: str, dtype: torch.dtype, rounding: str) -> str | None:
+    def limits(self, device: str, dtype: torch.dtype, rounding: str, width: int | None = None) -> str | None:
         """Why this implementation is not made for such a call, or ``None``."""
         if self.devices is not None and device not in self.devices:
             return f"is for {'/'.join(self.devices)} tensors, not {device}"
@@ -49,6 +55,8 @@ class Implementation:
             return f"does not take {dtype}"
         if rounding not in self.roundings:
             return f"has no rounding={rounding!r}"
+        if self.widths is not None and (width is None or not self.widths[0] <= width <= self.widths[1]):
+            return f"is for rows of {self.widths[0]} to {self.widths[1]} elements"
         return None
 
 
@@ -71,8 +79,10 @@ def forced() -> str | None:
     return name
 
 
-def pick(op: str, device: torch.device | str, dtype: torch.dtype, rounding: str = "fp32") -> Implementation:
-    """The implementation a call with these properties uses.
+def pick(
+    op: str, device: torch.device | str, dtype: torch.dtype, rounding: str = "fp32", width: int | None = None
+) -> Implementation:
+    """The implementation a call with these properties uses; ``width``: elements of a row, where ops tell.
 
     Raises:
         ValueError: the forced implementation cannot serve the call; the message says why.
@@ -81,14 +91,16 @@ def pick(op: str, device: torch.device | str, dtype: torch.dtype, rounding: str 
     if want is not None:
         chosen = row.get(want)
         why = (
-            "does not exist for this op" if chosen is None else chosen.limits(kind, dtype, rounding) or chosen.missing()
+            "does not exist for this op"
+            if chosen is None
+            else chosen.limits(kind, dtype, rounding, width) or chosen.missing()
         )
         if chosen is None or why is not None:
             raise ValueError(f"{op}: BERNINI_KERNELS={want}, but the {want} implementation {why}")
         return chosen
     for name in ORDER:
         candidate = row.get(name)
-        if candidate is None or candidate.limits(kind, dtype, rounding) is not None:
+        if candidate is None or candidate.limits(kind, dtype, rounding, width) is not None:
             continue
         why = candidate.missing()
         if why is None:
@@ -99,9 +111,9 @@ def pick(op: str, device: torch.device | str, dtype: torch.dtype, rounding: str 
     raise ValueError(f"{op}: no implementation for {kind} tensors of {dtype} with rounding={rounding!r}")
 
 
-def run(op: str, device: torch.device, dtype: torch.dtype, rounding: str, *args: Any) -> Any:
+def run(op: str, device: torch.device, dtype: torch.dtype, rounding: str, *args: Any, width: int | None = None) -> Any:
     """Runs ``op`` through :func:`pick`."""
-    return pick(op, device, dtype, rounding).run(*args)
+    return pick(op, device, dtype, rounding, width).run(*args)
 
 
 def which(
@@ -109,8 +121,11 @@ def which(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     rounding: str = "fp32",
+    width: int | None = None,
 ) -> Any:
     """Name of the implementation that such a call would use; without ``op``, a dict of all ops.
+
+    ``width`` (elements of a row) matters to ops for which a library takes some of them: ``rms_norm``.
 
     Names are those of the public functions (``rms_norm``) and of the registered ops (``rms_norm_backward``).
     """
@@ -119,8 +134,8 @@ def which(
     if op is not None:
         if op not in _TABLE:
             raise ValueError(f"unknown op {op!r}; there are {', '.join(sorted(_TABLE))}")
-        return pick(op, device, dtype, rounding).name
-    return {name: pick(name, device, dtype, rounding).name for name in sorted(_TABLE)}
+        return pick(op, device, dtype, rounding, width).name
+    return {name: pick(name, device, dtype, rounding, width).name for name in sorted(_TABLE)}
 
 
 def define(

@@ -30,9 +30,10 @@ from bernini.checkpoint import (
     resolve,
     save_renderer,
 )
+from bernini.layouts import BUNDLE_CONFIGS, has_planner
 from bernini.renderer.config import RendererConfig
 from bernini.renderer.model import Renderer
-from bernini.renderer.sampler import OneAtATime, expert_at
+from bernini.renderer.sampler import OneAtATime, Which, expert_at
 from bernini.weights import Stored, write_json
 
 CONFIG = RendererConfig(num_attention_heads=2, attention_head_dim=16, num_layers=1, ffn_dim=32, text_dim=24)
@@ -204,7 +205,7 @@ def test_one_expert_serves_all_timesteps(pair: Path, skipped: str, used: str) ->
     ("change", "message"),
     [
         ({"model_type": "other"}, "config.json: model_type is 'other', expected 'bernini_renderer'"),
-        ({"model_type": "bernini"}, "a full Bernini with its planner; only Bernini-R"),
+        ({"model_type": "bernini"}, "bernini: no such folder; the checkpoint is incomplete"),
         ({"skip_transformer_1": True, "skip_transformer_2": True}, "skips both transformers"),
         ({"switch_dit_boundary": 875}, "switch_dit_boundary must be a number from 0 to 1, is 875"),
         ({"switch_dit_boundary": "0.9"}, "switch_dit_boundary must be a number from 0 to 1, is '0.9'"),
@@ -346,9 +347,8 @@ def test_resolve(pair: Path, monkeypatch) -> None:
     (pair.parent / "owner" / "name").mkdir(parents=True)
     assert resolve("owner/name") == Path("owner/name") and not hub.calls, "a folder goes first"
     assert resolve("ByteDance/Bernini-R-1.3B-Diffusers") == pair
-    assert [name for name, _ in hub.calls] == ["ByteDance/Bernini-R-1.3B-Diffusers"] * 2
-    assert hub.calls[0][1] == ["config.json"]
-    assert {"*.json", "*.safetensors", "*.model"} <= set(hub.calls[1][1])
+    assert [name for name, _ in hub.calls] == ["ByteDance/Bernini-R-1.3B-Diffusers"]
+    assert {"*.json", "*.safetensors", "*.model", "*.txt"} <= set(hub.calls[0][1])
     hub.calls.clear()
     resolve("owner/other", parts=("vae", "tokenizer"))
     assert len(hub.calls) == 1 and "vae/*.safetensors" in hub.calls[0][1]
@@ -360,12 +360,47 @@ def test_resolve(pair: Path, monkeypatch) -> None:
         resolve(pair / "config.json")
 
 
-def test_resolve_refuses_a_bundle_before_its_weights_are_fetched(pair: Path, monkeypatch) -> None:
+def test_a_planner_is_told_by_the_config_alone(pair: Path, monkeypatch) -> None:
+    """Before any weights are fetched; and what cannot be read has none as far as one knows."""
+    assert not has_planner(pair) and not has_planner(pair / "nowhere") and not has_planner("./a/b")
     hub = Hub(settings(pair, model_type="bernini"))
+    assert has_planner(pair) and has_planner(str(pair))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    with pytest.raises(CheckpointError, match="ByteDance/Bernini-Diffusers: a full Bernini with its planner"):
-        resolve("ByteDance/Bernini-Diffusers")
-    assert len(hub.calls) == 1
+    assert has_planner("ByteDance/Bernini-Diffusers")
+    assert hub.calls == [("ByteDance/Bernini-Diffusers", ["config.json"])]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(pair, errors.LocalEntryNotFoundError("offline")))
+    assert not has_planner("ByteDance/Bernini-Diffusers")
+    (pair / "config.json").write_text("{")
+    assert not has_planner(pair)
+
+
+def bundled(folder: Path, *, ema: bool = False) -> Path:
+    """The experts of a full bundle among tensors of its other parts, with their configs."""
+    prefixes: dict[Which, str] = {"high": "diff_dec.transformer.", "low": "diff_dec_low.transformer_2."}
+    tensors = {"mask_tokens": torch.zeros(1, 2, 3), "mllm.lm_head.weight": torch.zeros(2, 2)}
+    for number, (which, prefix) in enumerate(prefixes.items()):
+        state = {name: value.detach() + number for name, value in Renderer(CONFIG).state_dict().items()}
+        tensors |= {prefix + name: value for name, value in state.items()}
+        if ema:
+            tensors |= {f"ema.{prefix}{name}": value + 5 for name, value in state.items()}
+        write_json(folder / BUNDLE_CONFIGS[which], CONFIG.to_dict())
+    (folder / "bernini").mkdir()
+    save_file(tensors, folder / "bernini" / "model.safetensors")
+    write_json(folder / "config.json", {"model_type": "bernini"})
+    return folder
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_experts_of_a_bundle(tmp_path: Path, ema: bool) -> None:
+    files = open_experts(bundled(tmp_path, ema=ema))
+    assert files.boundary == 875 and files.has_low and files.config == CONFIG
+    stored = load_file(tmp_path / "bernini" / "model.safetensors")
+    for which, prefix in (("high", "diff_dec.transformer."), ("low", "diff_dec_low.transformer_2.")):
+        expected = stored[f"{'ema.' if ema else ''}{prefix}proj_out.bias"]
+        assert torch.equal(files.load(which).proj_out.bias, expected)
+    (tmp_path / BUNDLE_CONFIGS["low"]).unlink()
+    with pytest.raises(CheckpointError, match="transformer_2_config.json: no such file"):
+        open_experts(tmp_path)
 
 
 def http(kind: type[Exception]) -> Exception:

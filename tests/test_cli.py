@@ -274,7 +274,7 @@ def test_videos_of_every_kind(toy: Path, tmp_path: Path, name: str, times: list[
         (["--norm-threshold", "1", "nan"], "must be a finite number"),
         (["--flow-shift", "0"], "argument --flow-shift: must be positive, got 0"),
         (["--task", "v3v"], "unknown task 'v3v'; there are t2i"),
-        (["--guidance-mode", "v3v"], "guidance mode v3v is unknown; there are t2v"),
+        (["--guidance-mode", "v3v"], "unknown guidance mode 'v3v'; there are t2v"),
         (["--guidance-mode", "rv2v_wapg"], "needs the planner"),
         (["--preset", "best"], "unknown preset 'best'; there are bernini-r"),
         (["--task", "v2v"], "task v2v needs a source video"),
@@ -310,7 +310,7 @@ def test_a_forced_kernel_that_is_not_there(
     toy: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BERNINI_KERNELS", "fastest")
-    refused(capsys, lambda: generate(toy, tmp_path / "out.mp4"), "BERNINI_KERNELS='fastest': expected one of triton")
+    refused(capsys, lambda: generate(toy, tmp_path / "out.mp4"), "BERNINI_KERNELS='fastest': expected one of quack")
 
 
 def test_bad_sources(toy: Path, media: Path, tmp_path: Path, capsys: Any) -> None:
@@ -406,7 +406,7 @@ def test_bad_checkpoints(toy: Path, tmp_path: Path, capsys: Any) -> None:
 
 def test_numbers_that_blow_up(toy: Path, tmp_path: Path, capsys: Any) -> None:
     def run() -> int:
-        return generate(toy, tmp_path / "out.png", "--size", "32x32", "--omega-txt", "1e38", "--guidance-mode", "t2v")
+        return generate(toy, tmp_path / "out.png", "--size", "32x32", "--omega-txt", "1e300", "--guidance-mode", "t2v")
 
     assert run() == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

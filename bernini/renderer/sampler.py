@@ -1,4 +1,4 @@
-"""The sampling loop: every branch of the plan, guidance, one step of the solver; repeated.
+"""The sampling loop: every branch of the plan, then guidance and the solver's step in one operation; repeated.
 
 Everything stays in token space: the state is the target's patches ``[tokens, values]``, frame after frame, so
 guidance's per-frame sums are sums over rows of a ``[frames, ...]`` view.
@@ -16,7 +16,7 @@ from torch import Tensor
 from bernini.kernels import SegmentLayout, guide, scatter_rows
 
 from .config import RendererConfig
-from .guidance import Plan
+from .guidance import Plan, Projection
 from .model import Renderer, TextContext
 from .schedule import Solver
 
@@ -36,6 +36,17 @@ class Guidance:
     eta: float = 0.5
     thresholds: Sequence[float] = (50.0, 50.0, 50.0)
     momentum: float = 0.0
+
+    def eta_of(self, apg: Projection | None) -> float:
+        if apg is None:
+            return 1.0
+        return self.eta if apg.eta is None else apg.eta
+
+    def thresholds_of(self, apg: Projection | None, links: int) -> list[float] | None:
+        """One per link; ``None`` without projection."""
+        if apg is None:
+            return None
+        return list(self.thresholds[:links]) if apg.threshold is None else [apg.threshold] * links
 
 
 class ExpertPair(Protocol):
@@ -121,6 +132,7 @@ def sample(
     Returns:
         float32 ``[target tokens, values]``: the clean target's patches.
     """
+    plan = plan.evaluated(guidance.scales)
     frames = layout.segments[layout.numbers("target")[0]].grid[0]
     latent = noise_tokens.to(torch.float32)
     inputs, place = _distinct_inputs(plan, layout, videos, source_tokens, latent)
@@ -144,23 +156,29 @@ def sample(
                 contexts[branch.text] = model.text_context(texts[branch.text])
             scatter_rows(branch.tokens, [latent], [branch.layout.on(latent.device).target_index])
             results.append(model(branch.tokens, branch.layout, time, contexts[branch.text]).view(frames, -1))
-        projected = plan.apg is not None and levels.sigmas[step] > 0  # at sigma 0 nothing is left to guide
-        velocity = guide(
+        # In x0 space, at sigma 0, nothing is left to guide.
+        apg = plan.apg if plan.apg and (levels.sigmas[step] > 0 or plan.apg.space != "x0") else None
+        in_x0 = apg is not None and apg.space == "x0"
+        rows, history = solver.update(step)
+        if watch is not None:  # the velocity is written only where somebody looks at it
+            rows = [*rows, [0.0, 1.0, *[0.0] * len(history)]]
+        state, *kept = guide(
             [results[number] for number in place],
             plan.scaled(guidance.scales, guidance.switch_factor if which == "low" else 1.0),
-            apg=plan.apg if projected else None,
-            space="x0" if projected else "velocity",
-            latent=latent.view(frames, -1) if projected else None,
-            sigma=levels.sigmas[step] if projected else None,
-            eta=guidance.eta if projected else 1.0,
-            thresholds=list(guidance.thresholds[: len(plan.links)]) if projected else None,
-            momentum=(guidance.momentum, buffer) if projected and guidance.momentum else None,
+            apg=apg.form if apg else None,
+            space="x0" if in_x0 else "velocity",
+            latent=latent.view(frames, -1),
+            sigma=levels.sigmas[step] if in_x0 else None,
+            eta=guidance.eta_of(apg),
+            thresholds=guidance.thresholds_of(apg, len(plan.links)),
+            momentum=(guidance.momentum, buffer) if apg and apg.eta is None and guidance.momentum else None,
+            update=(rows, history),
             rounding=rounding,
         )
-        velocity = velocity.reshape(latent.shape).to(torch.float32)
-        latent = solver.step(step, velocity, latent)
+        latent = state.view(latent.shape)
         if watch is not None:
-            watch(step, velocity, latent)
+            watch(step, kept.pop().view(latent.shape), latent)
+        solver.remember(kept)
         report(step + 1, levels.steps)
     return latent
 

@@ -44,9 +44,13 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self.tokenizer, self.model = tokenizer, model
 
-    @torch.no_grad()
     def __call__(self, prompt: str, *, prefix: str = "") -> Tensor:
-        """``[512, text_dim]``: states of ``prefix`` + cleaned ``prompt`` (no separator), zeros behind the last token.
+        """``[512, text_dim]``: :meth:`states`, and zeros behind them."""
+        return assemble_context(self.states(prompt, prefix=prefix))
+
+    @torch.no_grad()
+    def states(self, prompt: str, *, prefix: str = "") -> Tensor:
+        """``[L, text_dim]``: states of ``prefix`` + cleaned ``prompt`` (no separator).
 
         Text beyond 512 tokens is cut off.
         """
@@ -60,4 +64,4 @@ class TextEncoder:
         )
         ids, mask = encoded.input_ids.to(self.model.device), encoded.attention_mask.to(self.model.device)
         states = self.model(ids, mask).last_hidden_state[0]
-        return assemble_context(states[: int(mask.sum())])
+        return states[: int(mask.sum())]

@@ -11,9 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from . import reference
+from .. import dispatch, launch
+from ..native import loader
+from . import native, reference
 
+_NATIVE: dict[str, Any] = {
+    "devices": ("cpu",),
+    "dtypes": (torch.float32, torch.bfloat16),
+    "roundings": ("fp32",),
+    "missing": loader.missing,
+}
+dispatch.provide("modulate", dispatch.Implementation("native", native.modulate, **_NATIVE))
+dispatch.provide("modulate_norm", dispatch.Implementation("native", native.modulate_norm, **_NATIVE))
+dispatch.provide("modulate_backward", dispatch.Implementation("native", native.modulate_backward, **_NATIVE))
+dispatch.provide("modulate_norm_backward", dispatch.Implementation("native", native.modulate_norm_backward, **_NATIVE))
+for _op in ("modulate", "modulate_norm"):
+    dispatch.provide(_op, launch.triton_implementation(__package__, _op))
+for _op in ("modulate_backward", "modulate_norm_backward"):
+    dispatch.provide(_op, launch.triton_implementation(__package__, _op, module="kernel_bwd"))
 dispatch.provide("modulate", dispatch.Implementation("reference", reference.modulate))
 dispatch.provide("modulate_norm", dispatch.Implementation("reference", reference.modulate_norm))
 dispatch.provide("modulate_backward", dispatch.Implementation("reference", reference.modulate_backward))
@@ -92,8 +107,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _grad(ctx: Any, dresidual: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, gate, scale, shift, _, weight, bias = ctx.saved_tensors
-    grads = torch.ops.bernini.modulate_backward(dresidual, dnormed, *ctx.saved_tensors, ctx.eps)
+    saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+    _, _, gate, scale, shift, _, weight, bias = saved
+    grads = torch.ops.bernini.modulate_backward(dresidual, dnormed, *saved, ctx.eps)
     dresidual, dbranch, *others = grads
     dgate, dscale, dshift, dweight, dbias = _given(tuple(others), gate, scale, shift, weight, bias)
     return dresidual, dresidual if gate is None else dbranch, dgate, dscale, dshift, None, dweight, dbias, None, None
@@ -148,8 +164,9 @@ def _fake_norm_backward(
 
 
 def _norm_grad(ctx: Any, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-    _, scale, shift, _, weight, bias = ctx.saved_tensors
-    dresidual, *others = torch.ops.bernini.modulate_norm_backward(dnormed, *ctx.saved_tensors, ctx.eps)
+    saved = ctx.saved_tensors
+    _, scale, shift, _, weight, bias = saved
+    dresidual, *others = torch.ops.bernini.modulate_norm_backward(dnormed, *saved, ctx.eps)
     dscale, dshift, dweight, dbias = _given(tuple(others), scale, shift, weight, bias)
     return dresidual, dscale, dshift, None, dweight, dbias, None, None
 

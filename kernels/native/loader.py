@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ABI = 1
+ABI = 3
 """Raised together with BERNINI_NATIVE_ABI in common.h whenever the arguments of any exported function change."""
 
 LIBRARY = Path(__file__).with_name("libbernini_native.so")

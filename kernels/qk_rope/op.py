@@ -8,9 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from . import reference
+from .. import dispatch, launch
+from ..native import loader
+from . import native, reference
 
+_NATIVE: dict[str, Any] = {
+    "devices": ("cpu",),
+    "dtypes": (torch.float32, torch.bfloat16),
+    "roundings": ("fp32",),
+    "missing": loader.missing,
+}
+dispatch.provide("qk_rope", dispatch.Implementation("native", native.qk_rope, **_NATIVE))
+dispatch.provide("qk_rope_out", dispatch.Implementation("native", native.qk_rope_out, **_NATIVE))
+dispatch.provide("qk_rope_backward", dispatch.Implementation("native", native.qk_rope_backward, **_NATIVE))
+dispatch.provide("qk_rope", launch.triton_implementation(__package__, "qk_rope"))
+dispatch.provide("qk_rope_out", launch.triton_implementation(__package__, "qk_rope_out"))
+dispatch.provide("qk_rope_backward", launch.triton_implementation(__package__, "qk_rope_backward", module="kernel_bwd"))
 dispatch.provide("qk_rope", dispatch.Implementation("reference", reference.qk_rope))
 dispatch.provide("qk_rope_out", dispatch.Implementation("reference", reference.qk_rope_out))
 dispatch.provide("qk_rope_backward", dispatch.Implementation("reference", reference.qk_rope_backward))

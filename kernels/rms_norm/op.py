@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
-from . import reference
+from .. import dispatch, launch
+from . import quack, reference
 
 
 def _torch_rms_norm(x: Tensor, weight: Tensor | None, eps: float, rounding: str) -> Tensor:
@@ -19,17 +19,21 @@ def _torch_rms_norm(x: Tensor, weight: Tensor | None, eps: float, rounding: str)
     return reference.rms_norm(x, weight, eps, rounding)
 
 
+dispatch.provide("rms_norm", quack.implementation(quack.rms_norm))
+dispatch.provide("rms_norm_backward", quack.implementation(quack.rms_norm_backward))
+for _op in ("rms_norm", "rms_norm_backward"):
+    dispatch.provide(_op, launch.triton_implementation(__package__, _op))
 dispatch.provide("rms_norm", dispatch.Implementation("native", _torch_rms_norm, devices=("cpu",)))
 dispatch.provide("rms_norm", dispatch.Implementation("reference", reference.rms_norm))
 dispatch.provide("rms_norm_backward", dispatch.Implementation("reference", reference.rms_norm_backward))
 
 
 def _forward(x: Tensor, weight: Tensor | None, eps: float, rounding: str) -> Tensor:
-    return dispatch.run("rms_norm", x.device, x.dtype, rounding, x, weight, eps, rounding)
+    return dispatch.run("rms_norm", x.device, x.dtype, rounding, x, weight, eps, rounding, width=x.shape[-1])
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return dispatch.run("rms_norm_backward", x.device, x.dtype, "fp32", dy, x, weight, eps)
+    return dispatch.run("rms_norm_backward", x.device, x.dtype, "fp32", dy, x, weight, eps, width=x.shape[-1])
 
 
 def _fake_forward(x: Tensor, weight: Tensor | None, eps: float, rounding: str) -> Tensor:

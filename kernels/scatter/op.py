@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, launch
 from ..native import loader
 from . import native, reference
 
@@ -45,6 +45,8 @@ def _native_gather(x: Tensor, index: Tensor) -> Tensor:
     return (native.gather_rows if native.serves(x) else _reference_gather)(x, index)
 
 
+for _op in ("scatter_rows", "gather_rows", "gather_rows_backward"):
+    dispatch.provide(_op, launch.triton_implementation(__package__, _op))
 _NATIVE: dict[str, Any] = {"devices": ("cpu",), "missing": loader.missing}
 dispatch.provide("scatter_rows", dispatch.Implementation("native", _native_scatter, **_NATIVE))
 dispatch.provide("scatter_rows", dispatch.Implementation("reference", _reference_scatter))

@@ -1,7 +1,4 @@
-"""Golden set ``contexts``: how text states and planner states become one context. The renderer's part: order and pads.
-
-What the planner's connector computes is taken from the golden tensors themselves until the planner is built.
-"""
+"""Golden set ``contexts``: how text states and projected planner states become one context."""
 
 from __future__ import annotations
 
@@ -9,13 +6,18 @@ from pathlib import Path
 
 import torch
 
+from bernini.planner.heads import Connector
 from bernini.renderer.text import assemble_context
 
 from . import compare
 
 
+@torch.no_grad()
 def check(files: dict[str, Path]) -> int:
-    cases, _ = compare.load(files["cases"])
+    cases, meta = compare.load(files["cases"])
+    connector = Connector(meta["hidden"], meta["text_dim"], meta["hidden"])
+    prefix = "weights.connector."
+    connector.load_state_dict({k.removeprefix(prefix): v for k, v in cases.items() if k.startswith(prefix)})
     done = 0
     for name, want in cases.items():
         if not name.startswith("out."):
@@ -24,14 +26,13 @@ def check(files: dict[str, Path]) -> int:
         positive, with_target = variant.startswith("wtxt"), variant.endswith("_wvit")
         text = cases[f"in.{case}.{'t5' if positive else 't5_neg'}"][0]
         branch = "cond" if positive else "uncond"
-        is_target = cases[f"in.{case}.target_mask_{branch}"]
+        is_target = cases[f"in.{case}.target_mask_{branch}"].bool()
         if not positive and with_target:
             continue  # target states of the positive branch behind the negative text; no guidance mode uses it
-        planned = int(is_target.numel() if with_target else (~is_target).sum())
-        states = want[0, len(text) : len(text) + planned]
-        compare.same(name, assemble_context(text, states), want[0])
-        compare.close(
-            f"{name} pads", torch.zeros_like(want[0, len(text) + planned :]), want[0, len(text) + planned :], atol=0.0
-        )
+        hidden = cases[f"in.{case}.hidden_{branch}"][0]
+        states = connector.for_gen(hidden if with_target else hidden[~is_target])
+        context = assemble_context(text, states)
+        compare.close(name, context, want[0], atol=2e-5)
+        compare.same(f"{name} pads", context[len(text) + len(states) :], want[0, len(text) + len(states) :])
         done += 2
     return done

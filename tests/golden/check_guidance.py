@@ -1,7 +1,6 @@
 """Golden guidance: every combination rule of the released pipelines, against ``bernini.kernels.guide``.
 
-The renderer's modes are its own plans. The full pipeline's are listed below until the planner is built: which branches
-each evaluates, and which scale belongs to the step from one branch to the next.
+Branches, links and projections are those of the plans that the pipeline runs.
 """
 
 from __future__ import annotations
@@ -14,40 +13,17 @@ from torch import Tensor
 
 from bernini.kernels import guide
 from bernini.renderer.guidance import PLANS
+from bernini.renderer.sampler import Guidance
 
 FLOAT32_TOLERANCE = 2e-5
 
 _SOURCES = {"none": "none", "first video": "V", "images": "I", "all": "VI"}
 _TEXTS = {"negative": "neg", "positive": "txt"}
 
-_NONE, _V, _VI = "wotxt_wovit_none", "wotxt_wovit_V", "wotxt_wovit_VI"
-_VIT, _VITK = "wtxt_wovit_VI", "wtxt_wvit_VI"  # with text; with text and planner tokens
-FULL_MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "vae_txt_vit": ((_NONE, _VI, _VIT, _VITK), ("img", "txt", "tgt")),
-    "vae_txt_vit_wapg": ((_NONE, _VI, _VIT, _VITK), ("img", "txt", "tgt")),
-    "rv2v_wapg": ((_NONE, _V, _VI, _VIT, _VITK), ("vid", "img", "txt", "tgt")),
-    "v2v_apg": ((_NONE, _VITK), ("txt",)),
-}
-ALWAYS = {"vae_txt_vit": ("tgt",), "vae_txt_vit_wapg": ("tgt",), "v2v_apg": ("txt",)}
-"""Scales whose branch is evaluated even when they are 0 or less; any other such scale drops its branch."""
-
-FULL_OPTIONS: dict[str, dict[str, Any]] = {
-    "vae_txt_vit_wapg": {"apg": "global", "eta": 0.2},
-    "v2v_apg": {"apg": "frame", "space": "x0", "eta": 1.0, "thresholds": [50.0]},
-}
-
-Links = list[tuple[int, int, float]]
-
-
-def full_plan(mode: str, scales: dict[str, float]) -> tuple[list[str], Links]:
-    """Branches that are evaluated and the links between them."""
-    branches, names = FULL_MODES[mode]
-    kept, links = [branches[0]], []
-    for branch, name in zip(branches[1:], names, strict=True):
-        if scales[name] > 0 or name in ALWAYS.get(mode, ()):
-            kept.append(branch)
-            links.append((len(kept) - 1, len(kept) - 2, scales[name]))
-    return kept, links
+_FULL_SOURCES = {"none": "none", "videos": "V", "all": "VI"}
+_FULL_TEXTS = {"negative": "wotxt_wovit", "positive": "wtxt_wovit", "planned": "wtxt_wvit"}
+_FULL_NAMES = {"v2v_apg": "v2v_apg_planned"}
+"""Modes of the full pipeline that are called otherwise here."""
 
 
 def check(cases: dict[str, Tensor], meta: dict[str, Any]) -> int:
@@ -105,7 +81,7 @@ def _renderer(
             if plan.apg:
                 buffer = torch.zeros(len(links), *latent.shape) if buffer is None else buffer
                 options = {
-                    "apg": plan.apg,
+                    "apg": plan.apg.form,
                     "space": "x0",
                     "latent": latent,
                     "sigma": sigma,
@@ -131,12 +107,18 @@ def _full(
         if not name.startswith("full.") or key not in cases:
             continue
         mode = name.split(".")[1]
-        branches, links = full_plan(mode, case["scales"])
+        plan = PLANS[_FULL_NAMES.get(mode, mode)].evaluated(case["scales"])
+        branches = [f"{_FULL_TEXTS[b.text]}_{_FULL_SOURCES[b.sources]}" for b in plan.branches]
         called = case["forwards_called"]
         assert set(branches) <= set(called), f"{name}: the plan has {branches}, the release evaluates {called}"
-        options = dict(FULL_OPTIONS.get(mode, {}))
-        if options.get("space") == "x0":
-            options |= {"latent": cases["in.full.z"].reshape(frames, -1), "sigma": case["sigma"]}
+        numbers = Guidance(case["scales"])
+        options: dict[str, Any] = {}
+        if plan.apg is not None:
+            options = {"apg": plan.apg.form, "space": plan.apg.space, "eta": numbers.eta_of(plan.apg),
+                       "thresholds": numbers.thresholds_of(plan.apg, len(plan.links))}  # fmt: skip
+            if plan.apg.space == "x0":
+                options |= {"latent": cases["in.full.z"].reshape(frames, -1), "sigma": case["sigma"]}
+        links = plan.scaled(case["scales"])
         predictions = [cases[f"in.full.{branch}"].reshape(frames, -1).to(dtype) for branch in branches]
         v = guide(predictions, links, **options, rounding=rounding)
         results[key] = v.reshape(cases[key].shape)

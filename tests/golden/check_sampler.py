@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ def run(
     texts: dict[str, Tensor],
     case: dict[str, Any],
     sigma_schedule: str,
+    phases: Sequence[float] | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Any]:
     """(final latent ``[C, T, H, W]``, guided velocity per step, state per step, levels) of one run.
 
-    Sources and noise are latents ``[C, T, H, W]``; ``case`` has the scalars under the names of the golden metadata.
+    Sources and noise are latents ``[C, T, H, W]``; ``case`` has the scalars under the names of the golden metadata;
+    ``phases`` are the sources' ids where they are not counted from 1.
     """
     patch = experts.config.patch_size
     sources = [*videos, *images]
@@ -39,13 +42,13 @@ def run(
         [
             *(
                 Segment("source", patch_grid(tuple(x.shape), patch), phase)
-                for x, phase in zip(sources, segment_phases(len(sources)), strict=True)
+                for x, phase in zip(sources, phases or segment_phases(len(sources)), strict=True)
             ),
             Segment("target", patch_grid(tuple(noise.shape), patch)),
         ]
     )
     plan = PLANS[case["mode"]]
-    scales = {"vid": case["omega_vid"], "img": case["omega_img"], "txt": case["omega_txt"]}
+    scales = {name: case.get(f"omega_{name}", 0.0) for name in ("vid", "img", "txt", "tgt")}
     options = (case["omega_scale"], case["eta"], case["norm_threshold"], case["momentum"])
     velocities: list[Tensor] = []
     states: list[Tensor] = []
@@ -58,18 +61,38 @@ def run(
     return unpatchify(tokens, layout.segments[-1].grid, patch), velocities, states, solver.schedule
 
 
+def _case(
+    name: str, settings: dict[str, Any], cases: dict[str, Tensor]
+) -> tuple[dict[str, Any], list[Tensor], list[Tensor], dict[str, Tensor], Sequence[float] | None]:
+    """(scalars, videos, images, contexts, ids) of a run of the renderer or of the full pipeline."""
+    if not name.startswith("full."):
+        case = {**settings, "solver": "unipc" if settings["scheduler"] == "UniPC" else "euler"}
+        videos = [cases[f"in.video.{i}"][0] for i in range(case["videos"])]
+        images = [cases[f"in.{case['image_list']}.{i}"][0] for i in range(case["images"])]
+        return case, videos, images, {"positive": cases["in.text"][0], "negative": cases["in.text_neg"][0]}, None
+    mode = "v2v_apg_planned" if settings["mode"] == "v2v_apg" else settings["mode"]
+    fixed = {"solver": "unipc", "single_expert": False, "boundary": 0.875, "eta": 0.5, "norm_threshold": (50.0,) * 3,
+             "momentum": 0.0}  # fmt: skip
+    texts = {"positive": "wtxt_wovit", "negative": "wotxt_wovit", "planned": "wtxt_wvit"}
+    ids = settings["sources"]
+    return (
+        {**settings, **fixed, "mode": mode},
+        [cases[f"in.video.{i}"][0] for i in range(len(ids["videos"]))],
+        [cases[f"in.image.{i}"][0] for i in range(len(ids["images"]))],
+        {ours: cases[f"in.full.ctx_{theirs}"][0] for ours, theirs in texts.items()},
+        [*ids["videos"], *ids["images"]],
+    )
+
+
 @torch.no_grad()
 def check(files: dict[str, Path]) -> int:
     weights, _ = compare.load(files["weights"])
     cases, meta = compare.load(files["cases"])
-    texts = {"positive": cases["in.text"][0], "negative": cases["in.text_neg"][0]}
     done = 0
     for name, settings in meta["cases"].items():
-        if name.startswith("full."):
-            continue  # the full pipeline's runs wait for the planner
-        case = {**settings, "solver": "unipc" if settings["scheduler"] == "UniPC" else "euler"}
-        videos = [cases[f"in.video.{i}"][0] for i in range(case["videos"])]
-        images = [cases[f"in.{case['image_list']}.{i}"][0] for i in range(case["images"])]
+        if name.startswith("full.") and "in.full.ctx_wtxt_wvit" not in cases:
+            continue
+        case, videos, images, texts, phases = _case(name, settings, cases)
         for prefix, dtype in (("out", torch.float32), ("out_bf16", torch.bfloat16)):
             if f"{prefix}.{name}.final" not in cases:
                 continue
@@ -77,7 +100,7 @@ def check(files: dict[str, Path]) -> int:
             low = None if case["single_expert"] else build(weights, meta["config"], "transformer_2.", dtype)
             experts = Experts(high, low, case["boundary"] * 1000)
             final, velocities, states, levels = run(
-                experts, videos, images, cases["in.noise"][0], texts, case, "release"
+                experts, videos, images, cases["in.noise"][0], texts, case, "release", phases
             )
             if dtype == torch.bfloat16:
                 compare.close(f"{prefix}.{name}.final", final, cases[f"{prefix}.{name}.final"][0], rel_l2=0.03)

@@ -68,13 +68,13 @@ SETS: dict[str, GoldenSet] = {
     "noise_training": GoldenSet(
         NotBuilt("the training of the renderer"), {"weights": "renderer_forward_weights", "cases": "noise_training"}
     ),
-    "connector_vit_decoder": _single("connector_vit_decoder", NotBuilt("the planner's connector and ViT decoder")),
-    "planner_layouts": _single("planner_layouts", NotBuilt("the planner's prompt layout")),
-    "planner_forward": _pair("planner_forward", NotBuilt("the planner"), weights="planner_weights"),
-    "planner_loop": _pair("planner_loop", NotBuilt("the planner's generation loop")),
-    "planner_rng": _single("planner_rng", NotBuilt("the planner's generation loop")),
+    "connector_vit_decoder": _single("connector_vit_decoder", Checker("check_connector_vit_decoder")),
+    "planner_layouts": _single("planner_layouts", Checker("check_planner_layouts")),
+    "planner_forward": _pair("planner_forward", Checker("check_planner_forward"), weights="planner_weights"),
+    "planner_loop": _pair("planner_loop", Checker("check_planner_loop")),
+    "planner_rng": _single("planner_rng", Checker("check_planner_rng")),
     "contexts": _single("contexts", Checker("check_contexts")),
-    "full_packing": _single("full_packing", NotBuilt("the full pipeline")),
+    "full_packing": _single("full_packing", Checker("check_full_packing")),
 }
 
 

@@ -21,7 +21,8 @@ LIMIT = 12 * 2**20  # bytes, all sets together
 # Patterns of tensor names by file; a pattern with a leading "-" drops what an earlier one kept.
 KEEP: dict[str, tuple[str, ...]] = {
     "preprocess": ("*",),
-    "guidance": ("*",),
+    # Adaptive projection of the renderer runs over three steps: of those with momentum or active thresholds, the last.
+    "guidance": ("*", "-out.R.*_apg.mom*.step[01]"),
     # Every grid and id at the small head size, where t, h and w have unlike shares; a few at the real one.
     "sa3d_rope": (
         "ids.*",
@@ -41,30 +42,52 @@ KEEP: dict[str, tuple[str, ...]] = {
         "-out.*.t875",
         "-out_all_tokens.*.t999",
         "out_all_tokens.videos2_images2.t999",
-        "-mid.*.block0",
+        "-mid.*.block*",
     ),
-    # Both experts. Step by step for one mode; of the others how they end. (The independent port's runs, which test the
+    # Both experts. First and last step of one mode; of the others how they end. (The port's own runs, which test the
     # same things with other weights, are checked where the full sets are.)
     "sampler_weights": ("*",),
     "sampler_cases": (
         "in.*",
-        "-in.full.*",
         "out.v2v_apg.*",
-        "out.v2v_apg_mom-0.5_thr3.*",
-        "-out.v2v_apg_mom-0.5_thr3.step[0134].*",
+        "-out.v2v_apg.step[1234].*",
+        "out.v2v_apg_mom-0.5_thr3.step2.*",
         "out.*.final",
         "out.*.timesteps",
         "out.*.sigmas",
-        "-out.full.*",
+        "-out.full.vae_txt_vit.*",
         "out_bf16.rv2v.final",
     ),
     "contexts": (
+        "weights.connector.*",
         "in.long.t5",
-        "in.long.target_mask_*",
+        "in.long.hidden_cond",
+        "in.long.target_mask_cond",
         "out.long.wtxt_wvit",
-        "in.short.t5*",
-        "in.short.target*",
+        "in.short.t5_neg",
+        "in.short.hidden_uncond",
+        "in.short.target_mask_uncond",
         "out.short.wotxt_wovit",
+    ),
+    "planner_rng": ("*",),
+    "full_packing": ("*",),
+    "connector_vit_decoder": ("*", "-out.sample.n[1235].*"),
+    # Every token and position; the masks of one conversation with a video and images, and of arbitrary kinds.
+    "planner_layouts": ("*", "-*.mask_*", "v*_rv2v.*.mask_visible", "random_kinds.*"),
+    # The language model. Its vision tower is transformers' own, and its weights and pixels are most of the set.
+    "planner_weights": ("*", "-mllm.visual.*"),
+    "planner_forward_cases": ("*", "-*.vis*", "-*.inputs_embeds", "-*.mask_visible", "-out.*.hidden.*", "-out*.t2i.*"),
+    # Whole runs of the loop by how they end, one of them step by step.
+    "planner_loop_weights": ("*",),
+    "planner_loop_cases": (
+        "in.*",
+        "-*.mask_visible",
+        "-in.*.inputs_embeds",
+        "out.*.revealed.*",
+        "out.*.target_embeds",
+        "out.K4_n2_cfg.embeds.*",
+        "out.K4_n2_cfg.ctx_*",
+        "-*.ctx_wotxt_wvit",
     ),
 }
 

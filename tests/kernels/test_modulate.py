@@ -369,5 +369,5 @@ def test_an_index_outside_the_tables_raises_on_the_cpu(bad, with_branch):
     index = INDEX.clone()
     index[1] = bad
     branch = torch.ones(3, 4) if with_branch else None
-    with pytest.raises((IndexError, RuntimeError), match="index out of range"):
+    with pytest.raises((IndexError, RuntimeError), match="index out of range|is outside"):
         modulate(torch.ones(3, 4), branch, scale=TWO, index_T=index)

@@ -10,7 +10,7 @@ import torch
 
 from bernini.kernels import Segment, SegmentLayout
 from bernini.renderer.config import RendererConfig
-from bernini.renderer.guidance import PLANS, Branch
+from bernini.renderer.guidance import NEEDS_PLANNER, PLANS, Branch
 from bernini.renderer.latents import patchify, unpatchify
 from bernini.renderer.model import Renderer
 from bernini.renderer.sampler import Experts, Guidance, OneAtATime, sample
@@ -42,6 +42,8 @@ def test_branches_select_and_number_the_sources() -> None:
     assert phases(Branch("images", "negative")) == [1, 2, 0]
     assert phases(Branch("all", "positive")) == [1, 2, 3, 0]
     assert phases(Branch("first video", "negative"), videos=0) == [0]
+    assert phases(Branch("videos", "negative"), videos=2) == [1, 2, 0], "all of them, as the full model has it"
+    assert phases(Branch("videos", "negative"), videos=0) == [0]
     assert Branch("images", "negative").layout(full, 1)[1] == (1, 2, 3)
 
 
@@ -53,8 +55,38 @@ def test_every_plan_is_a_chain() -> None:
         assert len(set(plan.branches)) == len(plan.branches), f"{name} names a branch twice"
         assert plan.branches[-1].text != "negative", name
         alone = plan.without_planner()
-        assert alone == plan or (name == "eq12" and alone.links == plan.links[:3] and len(alone.branches) == 4)
+        assert plan.needs_planner == (alone != plan) and not alone.needs_planner
+        if plan.needs_planner:  # it speaks in the last branch only
+            assert (alone.branches, alone.links) == (plan.branches[:-1], plan.links[:-1])
+        assert (name in NEEDS_PLANNER) == (plan.needs_planner and name != "eq12")
     assert PLANS["rv2v"].scaled({"vid": 1, "img": 2, "txt": 3}, 0.5) == [(1, 0, 0.5), (2, 1, 1.0), (3, 2, 1.5)]
+
+
+def test_branches_whose_scale_is_not_positive_are_skipped() -> None:
+    """Facts of the released model, section K.7: the next difference is taken from the last branch that is left."""
+    one = dict.fromkeys(("vid", "img", "txt", "tgt"), 1.0)
+    for name, plan in PLANS.items():
+        assert plan.evaluated(one) == plan, name
+    plan = PLANS["rv2v_wapg"]
+    less = plan.evaluated({**one, "img": 0.0, "txt": -1.0})
+    assert less.branches == (plan.branches[0], plan.branches[1], plan.branches[4])
+    assert less.links == ((1, 0, "vid"), (2, 1, "tgt"))
+    assert plan.evaluated(dict.fromkeys(one, 0.0)).links == ()
+    chain = PLANS["vae_txt_vit_wapg"]
+    always = chain.evaluated(dict.fromkeys(one, 0.0))
+    assert always.branches == (chain.branches[0], chain.branches[3]), "the planner's branch is always evaluated"
+    assert always.links == ((1, 0, "tgt"),) and always.apg == chain.apg
+    assert PLANS["rv2v"].evaluated(dict.fromkeys(one, 0.0)) == PLANS["rv2v"], "the renderer's modes skip nothing"
+
+
+def test_numbers_of_projections() -> None:
+    """Some modes fix them, others leave them to the request."""
+    numbers = Guidance({}, eta=0.3, thresholds=(9.0, 8.0, 7.0))
+    own, fixed, mixed = (PLANS[name].apg for name in ("r2v_apg", "vae_txt_vit_wapg", "v2v_apg_planned"))
+    assert (numbers.eta_of(own), numbers.thresholds_of(own, 2)) == (0.3, [9.0, 8.0])
+    assert (numbers.eta_of(fixed), numbers.thresholds_of(fixed, 3)) == (0.2, [0.0] * 3)
+    assert (numbers.eta_of(mixed), numbers.thresholds_of(mixed, 1)) == (1.0, [50.0])
+    assert (numbers.eta_of(None), numbers.thresholds_of(None, 3)) == (1.0, None)
 
 
 def test_schedules_against_the_library_that_is_installed() -> None:
