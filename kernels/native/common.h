@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#if defined(__SSE2__)
-#include <emmintrin.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 // Raised together with ABI in loader.py whenever the arguments of any exported function change.
@@ -55,46 +55,84 @@ BERNINI_INLINE uint32_t as_bits(float value) {
     return bits;
 }
 
-// Rounds to nearest even at bit 16, which the caller cuts at. A NaN stays one: the carry could turn it into a zero.
+// Rounds to nearest even at bit 16, which the caller cuts at, a value that is not NaN or a canonical one.
 BERNINI_INLINE uint32_t round_at_16(float value) {
     const uint32_t bits = as_bits(value);
-    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return value != value ? bits | 0x400000u : rounded;
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
+
+// A NaN with bits in its lower half could be carried over into a zero by round_at_16(). Widened bfloat16 has none, and
+// arithmetic makes none of its own: it is enough to clear the few float32 values that a computation starts with.
+BERNINI_INLINE float canonical(float value) { return value != value ? as_float(0x7fc00000u) : value; }
 
 BERNINI_INLINE float widen(float value) { return value; }
 BERNINI_INLINE float widen(bf16 value) { return as_float(static_cast<uint32_t>(value) << 16); }
+
+// Rounds any value; NaNs of all kinds stay NaNs.
 BERNINI_INLINE void narrow(float value, float& to) { to = value; }
-BERNINI_INLINE void narrow(float value, bf16& to) { to = static_cast<bf16>(round_at_16(value) >> 16); }
+BERNINI_INLINE void narrow(float value, bf16& to) { to = static_cast<bf16>(round_at_16(canonical(value)) >> 16); }
 
-// --- writing past the cache ------------------------------------------------------------------------------------------
+// Two neighbours. In bfloat16 they are one 32-bit word, so that vectors of pairs need no shuffle.
+struct Pair {
+    float even, odd;
+};
 
-#if defined(__SSE2__)
+BERNINI_INLINE Pair load_pair(const float* x, int64_t k) { return {x[2 * k], x[2 * k + 1]}; }
+
+BERNINI_INLINE Pair load_pair(const bf16* x, int64_t k) {
+    uint32_t both;
+    std::memcpy(&both, x + 2 * k, sizeof both);
+    return {as_float(both << 16), as_float(both & 0xffff0000u)};
+}
+
+BERNINI_INLINE void store_pair(float* y, int64_t k, Pair value) {
+    y[2 * k] = value.even;
+    y[2 * k + 1] = value.odd;
+}
+
+// NaNs must be canonical.
+BERNINI_INLINE void store_pair(bf16* y, int64_t k, Pair value) {
+    const uint32_t both = round_at_16(value.even) >> 16 | (round_at_16(value.odd) & 0xffff0000u);
+    std::memcpy(y + 2 * k, &both, sizeof both);
+}
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
 constexpr bool kCanStream = true;
 
-// Copies without reading the target's cache lines first and without keeping them: a third less traffic for a result
-// that is only written. fence() must follow before another thread may read it.
-BERNINI_INLINE void stream(void* to, const void* from, int64_t bytes) {
+inline void stream_16(void* to, const void* from, int64_t bytes) {
     char* target = static_cast<char*>(to);
     const char* source = static_cast<const char*>(from);
-    const int64_t head = -reinterpret_cast<intptr_t>(target) & 15;  // up to the first aligned 16 bytes
-    if (head >= bytes) {
-        std::memcpy(target, source, bytes);
-        return;
-    }
-    std::memcpy(target, source, head);
-    int64_t at = head;
+    int64_t at = std::min<int64_t>(-reinterpret_cast<intptr_t>(target) & 15, bytes);  // up to an aligned address
+    std::memcpy(target, source, at);
     for (; at + 16 <= bytes; at += 16)
         _mm_stream_si128(reinterpret_cast<__m128i*>(target + at),
                          _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at)));
     std::memcpy(target + at, source + at, bytes - at);
 }
 
-BERNINI_INLINE void fence() { _mm_sfence(); }
+// Such a store waits in a queue until memory takes it, and the queue counts stores, not bytes.
+__attribute__((target("avx512f"))) inline void stream_64(void* to, const void* from, int64_t bytes) {
+    char* target = static_cast<char*>(to);
+    const char* source = static_cast<const char*>(from);
+    int64_t at = std::min<int64_t>(-reinterpret_cast<intptr_t>(target) & 63, bytes);
+    std::memcpy(target, source, at);
+    for (; at + 64 <= bytes; at += 64)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(target + at), _mm512_loadu_si512(source + at));
+    std::memcpy(target + at, source + at, bytes - at);
+}
+
+// Copies past the cache: without reading the target's lines first and without keeping them, a third less traffic for a
+// result that is only written. fence() must follow before another thread may read it.
+inline void (*const stream)(void* to, const void* from, int64_t bytes) =
+    __builtin_cpu_supports("avx512f") ? stream_64 : stream_16;
+
+inline void fence() { _mm_sfence(); }
 #else
 constexpr bool kCanStream = false;
-BERNINI_INLINE void stream(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, bytes); }
-BERNINI_INLINE void fence() {}
+inline void stream(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, bytes); }
+inline void fence() {}
 #endif
 
 // Asks for what the next pass or token reads, into the second cache: the first one is full of this token. Otherwise

@@ -56,30 +56,6 @@ constexpr int64_t kLeastRun = 16;     // tokens of a run of backward; the runs m
 constexpr int64_t kMostRuns = 64;
 constexpr int64_t kUsualDim = 128;    // of every released model; a constant saves a tenth of the time
 
-// --- pairs -----------------------------------------------------------------------------------------------------------
-
-struct Pair {
-    float even, odd;
-};
-
-BERNINI_INLINE Pair load(const float* x, int64_t k) { return {x[2 * k], x[2 * k + 1]}; }
-
-BERNINI_INLINE Pair load(const bf16* x, int64_t k) {
-    uint32_t both;
-    std::memcpy(&both, x + 2 * k, sizeof both);
-    return {as_float(both << 16), as_float(both & 0xffff0000u)};
-}
-
-BERNINI_INLINE void store(float* y, int64_t k, Pair value) {
-    y[2 * k] = value.even;
-    y[2 * k + 1] = value.odd;
-}
-
-BERNINI_INLINE void store(bf16* y, int64_t k, Pair value) {
-    const uint32_t both = round_at_16(value.even) >> 16 | (round_at_16(value.odd) & 0xffff0000u);
-    std::memcpy(y + 2 * k, &both, sizeof both);
-}
-
 // --- the parts -------------------------------------------------------------------------------------------------------
 
 // The rotation of a token: [t | h | w] * segment, slot by slot, rounded once; a plane of cosines and one of sines.
@@ -96,8 +72,8 @@ BERNINI_INLINE void turn(const Call& call, int64_t token, float* cosine, float* 
 #pragma omp simd
         for (int64_t k = 0; k < count; ++k) {
             const double a = table[2 * k], b = table[2 * k + 1], c = segment[2 * k], d = segment[2 * k + 1];
-            cosine[k] = static_cast<float>(a * c - b * d);
-            sine[k] = static_cast<float>(a * d + b * c);
+            cosine[k] = canonical(static_cast<float>(a * c - b * d));
+            sine[k] = canonical(static_cast<float>(a * d + b * c));
         }
         segment += 2 * count, cosine += count, sine += count;
     }
@@ -115,7 +91,7 @@ BERNINI_INLINE double square_sum(const T* x, int64_t spans, int64_t step, int64_
         for (int64_t at = 0; at < pairs; at += kBlock) {
             float even[kLanes] = {}, odd[kLanes] = {};
             in_lanes(std::min(kBlock, pairs - at), [&](int64_t k, int lane) __attribute__((always_inline)) {
-                const Pair v = load(x, at + k);
+                const Pair v = load_pair(x, at + k);
                 even[lane] += v.even * v.even;
                 odd[lane] += v.odd * v.odd;
             });
@@ -140,9 +116,9 @@ BERNINI_INLINE void rotate(T* y, const T* x, const float* weight_even, const flo
                            const float* sine, int64_t pairs) {
 #pragma omp simd
     for (int64_t k = 0; k < pairs; ++k) {
-        const Pair v = load(x, k);
+        const Pair v = load_pair(x, k);
         const float even = v.even * weight_even[k], odd = v.odd * weight_odd[k];
-        store(y, k, {even * cosine[k] - odd * sine[k], odd * cosine[k] + even * sine[k]});
+        store_pair(y, k, {even * cosine[k] - odd * sine[k], odd * cosine[k] + even * sine[k]});
     }
 }
 
@@ -157,7 +133,7 @@ BERNINI_INLINE void add_products(Sum& squares, Sum& products, const T* x, const 
                                  const float* weight_odd, const float* cosine, const float* sine, int64_t pairs) {
     float square[kLanes] = {}, product[kLanes] = {};
     in_lanes(pairs, [&](int64_t k, int lane) __attribute__((always_inline)) {
-        const Pair v = load(x, k), g = turn_back(load(dy, k), cosine[k], sine[k]);
+        const Pair v = load_pair(x, k), g = turn_back(load_pair(dy, k), cosine[k], sine[k]);
         square[lane] += v.even * v.even + v.odd * v.odd;
         product[lane] += g.even * weight_even[k] * v.even + g.odd * weight_odd[k] * v.odd;
     });
@@ -172,17 +148,17 @@ BERNINI_INLINE void normed_back(T* dx, const T* x, const T* dy, const float* wei
                                 float r, float c, int64_t pairs) {
 #pragma omp simd
     for (int64_t k = 0; k < pairs; ++k) {
-        const Pair v = load(x, k), g = turn_back(load(dy, k), cosine[k], sine[k]);
+        const Pair v = load_pair(x, k), g = turn_back(load_pair(dy, k), cosine[k], sine[k]);
         dweight_even[k] += g.even * (v.even * r);
         dweight_odd[k] += g.odd * (v.odd * r);
-        store(dx, k, {r * (g.even * weight_even[k] - v.even * c), r * (g.odd * weight_odd[k] - v.odd * c)});
+        store_pair(dx, k, {r * (g.even * weight_even[k] - v.even * c), r * (g.odd * weight_odd[k] - v.odd * c)});
     }
 }
 
 template <typename T>
 BERNINI_INLINE void plain_back(T* dx, const T* dy, const float* cosine, const float* sine, int64_t pairs) {
 #pragma omp simd
-    for (int64_t k = 0; k < pairs; ++k) store(dx, k, turn_back(load(dy, k), cosine[k], sine[k]));
+    for (int64_t k = 0; k < pairs; ++k) store_pair(dx, k, turn_back(load_pair(dy, k), cosine[k], sine[k]));
 }
 
 // Walks over the destinations of a token's heads.
@@ -305,11 +281,13 @@ BERNINI_CLONES void forward_bf16(const Job& job, int64_t begin, int64_t end) {
 }
 
 BERNINI_CLONES void backward_f32(const Job& job, float* dweights, int64_t begin, int64_t end) {
-    backward<float, 0>(job, dweights, begin, end);
+    job.call.head_dim == kUsualDim ? backward<float, kUsualDim>(job, dweights, begin, end)
+                                   : backward<float, 0>(job, dweights, begin, end);
 }
 
 BERNINI_CLONES void backward_bf16(const Job& job, float* dweights, int64_t begin, int64_t end) {
-    backward<bf16, 0>(job, dweights, begin, end);
+    job.call.head_dim == kUsualDim ? backward<bf16, kUsualDim>(job, dweights, begin, end)
+                                   : backward<bf16, 0>(job, dweights, begin, end);
 }
 
 // Separates the planes of a weight.
@@ -317,9 +295,9 @@ BERNINI_CLONES void spread(float* planes, const Side& side, int64_t half) {
     const auto copy = [&](const auto* weight) __attribute__((always_inline)) {
 #pragma omp simd
         for (int64_t k = 0; k < half; ++k) {
-            const Pair v = load(weight, k);
-            planes[k] = v.even;
-            planes[half + k] = v.odd;
+            const Pair v = load_pair(weight, k);
+            planes[k] = canonical(v.even);
+            planes[half + k] = canonical(v.odd);
         }
     };
     side.weight_bf16 ? copy(static_cast<const bf16*>(side.weight)) : copy(static_cast<const float*>(side.weight));

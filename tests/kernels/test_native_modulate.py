@@ -212,9 +212,9 @@ def test_bf16_is_the_best_rounding(rows):
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, -30000.0])
-@pytest.mark.parametrize("where", [slice(None), slice(0, 512), slice(512, None)])
+@pytest.mark.parametrize("where", [slice(None), slice(0, 256), slice(256, None)])
 def test_a_mean_far_from_zero(offset, where):
-    """Nor one that the first block of a row does not have, on which the sums are centred."""
+    """Or zero in the first block of a row, on which the sums are centred, and far from it in the others."""
     torch.manual_seed(0)
     x = torch.randn(7, 1600)
     x[:, where] += offset

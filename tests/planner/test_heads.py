@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from bernini.planner import heads
 from bernini.planner.heads import Connector, DecoderConfig, VitDecoder, decoder_levels, sinusoid, zero_init
 
 
@@ -90,6 +91,21 @@ def test_sampling_is_eulers_method(steps: int, weights: tuple[float, ...]) -> No
             velocities = [decoder.net(x, torch.tensor([sigma * 1000]), condition) for condition in conditions]
             x = x + (following - sigma) * sum(w * v for w, v in zip(weights, velocities, strict=True))
     assert torch.allclose(got, x, atol=1e-5), "float32 times"
+
+
+@torch.no_grad()
+def test_tokens_are_sampled_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one token's tables, and with room for all."""
+    decoder = small()
+    noise, conditions = torch.randn(7, 6).double(), [(w, torch.randn(7, 6).double()) for w in (1.4, -0.2, -0.2)]
+    whole = decoder.sample(noise, conditions, 3)
+    for room in (1, 3 * 3 * 8 * 16 * 4):
+        monkeypatch.setattr(heads, "TABLES", room)
+        torch.testing.assert_close(decoder.sample(noise, conditions, 3), whole, rtol=1e-12, atol=1e-12)
+    copies, times = torch.randn(4, 7, 6).double(), torch.rand(4, 7) * 1000
+    found = decoder(copies, times, conditions[0][1])
+    for got, x, time in zip(found, copies, times, strict=True):
+        torch.testing.assert_close(got, decoder.net(x, time, conditions[0][1]), rtol=1e-12, atol=1e-12)
 
 
 def test_released_levels_are_coarse() -> None:
