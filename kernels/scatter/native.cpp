@@ -5,25 +5,43 @@
 
 #include "../native/common.h"
 
+using namespace bernini;
+
 namespace {
 
-// Below this many bytes a second thread costs more than it saves.
-constexpr int64_t kParallelBytes = 64 * 1024;
+// A row of each goes to out; they may be any distance apart.
+using Copy = void (*)(void* to, const void* from, int64_t bytes);
+
+void plain(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, bytes); }
+
+// Calls row(copy, i) for i in [0, rows) by all threads. What leaves the cache anyhow is written past it: row by row
+// memcpy() cannot know.
+template <typename Row>
+void each(int64_t rows, int64_t row_bytes, int threads, const Row& row) {
+    const bool streams = kCanStream && rows * row_bytes > kStreamBytes;
+    const Copy copy = streams ? static_cast<Copy>(stream) : plain;
+#pragma omp parallel num_threads(threads) if (rows * row_bytes > kParallelBytes)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; ++i) row(copy, i);
+        if (streams) fence();
+    }
+}
 
 template <typename Index>
 void scatter(char* out, int64_t out_stride, const char* source, int64_t source_stride, const Index* index,
              int64_t rows, int64_t row_bytes, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * row_bytes > kParallelBytes)
-    for (int64_t i = 0; i < rows; ++i)
-        std::memcpy(out + index[i] * out_stride, source + i * source_stride, row_bytes);
+    each(rows, row_bytes, threads, [&](Copy copy, int64_t i) {
+        copy(out + index[i] * out_stride, source + i * source_stride, row_bytes);
+    });
 }
 
 template <typename Index>
 void gather(char* out, int64_t out_stride, const char* source, int64_t source_stride, const Index* index,
             int64_t rows, int64_t row_bytes, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * row_bytes > kParallelBytes)
-    for (int64_t i = 0; i < rows; ++i)
-        std::memcpy(out + i * out_stride, source + index[i] * source_stride, row_bytes);
+    each(rows, row_bytes, threads, [&](Copy copy, int64_t i) {
+        copy(out + i * out_stride, source + index[i] * source_stride, row_bytes);
+    });
 }
 
 template <typename Index>
