@@ -9,6 +9,7 @@ BENCHMARKS: dict[str, str] = {
     "renderer": "bench_perf.renderer",
     "planner": "bench_perf.planner",
     "guided_step": "bench_perf.guided_step",
+    "guidance": "bench_perf.guidance",
     "rms_norm": "bench_perf.rms_norm",
     "qk_rope": "bench_perf.qk_rope",
     "modulate": "bench_perf.modulate",
@@ -17,6 +18,6 @@ BENCHMARKS: dict[str, str] = {
 
 # Names that run several of them.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "kernels": ("rms_norm", "qk_rope", "modulate", "scatter"),
+    "kernels": ("rms_norm", "qk_rope", "modulate", "scatter", "guidance"),
     "all": tuple(BENCHMARKS),
 }

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import reference
+from ..native import loader
+from . import native, reference
 
 MAX_PREDICTIONS = 8
 
@@ -20,18 +21,32 @@ def _reference_momentum(buffer: Tensor, outputs: Sequence[Tensor], momentum: flo
         out.copy_(value)
 
 
+_NATIVE: dict[str, Any] = {
+    "devices": ("cpu",),
+    "dtypes": (torch.float32, torch.bfloat16),
+    "roundings": ("fp32",),
+    "missing": loader.missing,
+}
+dispatch.provide("guide", dispatch.Implementation("native", native.guide, **_NATIVE))
 dispatch.provide("guide", dispatch.Implementation("reference", reference.guide))
+dispatch.provide("guide_momentum", dispatch.Implementation("native", native.guide_momentum, **_NATIVE))
 dispatch.provide("guide_momentum", dispatch.Implementation("reference", _reference_momentum))
 
 
+def _dtype(predictions: Sequence[Tensor], *args: Any) -> torch.dtype:
+    """That an implementation must be made for: a latent or history in another than the usual two counts as well."""
+    others = (t.dtype for t in (args[5], *args[10]) if t is not None)
+    return next((d for d in others if d not in (torch.float32, torch.bfloat16)), predictions[0].dtype)
+
+
 def _forward(predictions: Sequence[Tensor], *args: Any) -> list[Tensor]:
-    first = predictions[0]
-    return dispatch.run("guide", first.device, first.dtype, args[-1], predictions, *args)
+    dtype = _dtype(predictions, *args)
+    return dispatch.run("guide", predictions[0].device, dtype, args[-1], predictions, *args)
 
 
 def _momentum(buffer: Tensor, outputs: Sequence[Tensor], momentum: float, *args: Any) -> None:
-    first = args[0][0]
-    dispatch.run("guide_momentum", first.device, first.dtype, args[-1], buffer, outputs, momentum, *args)
+    every: tuple[Any, ...] = (buffer, outputs, momentum, *args)
+    dispatch.run("guide_momentum", buffer.device, _dtype(*args), args[-1], *every)
 
 
 def _outputs(
