@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .cases import Case, read_case, read_cases, to_request
 from .cli_options import Place, place, request_options
-from .cli_screen import progress_bar, quiet_libraries, say
+from .cli_screen import Stopwatch, progress_bar, quiet_libraries, say
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -241,7 +241,10 @@ def _generate(model: Bernini, where: Place, job: Job) -> None:
         f"{frames} frame{'s' if frames > 1 else ''} of {height}x{width}, seed {job.request.seed}; {where.describe()}"
     )
     with progress_bar() as progress:
-        clip = model.generate(job.request, progress, partial(_write_plan, job))
+        watch = Stopwatch(progress)
+        clip = model.generate(job.request, watch, partial(_write_plan, job))
+        summary = watch.summary()
+    say(f"{job.name}: {summary}")
     for path, write in _writers(job, clip):
         write()
         frames, height, width, _ = clip.frames.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,49 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
                 bar.stop_task(tasks[stage])
 
         yield report
+
+
+class Stopwatch:
+    """Passes progress on, and keeps how long each stage took; what lies between stages is ``"rest"``."""
+
+    PLANNER = ("seeing", "planning")
+
+    def __init__(self, report: Callable[[str, int, int], None]) -> None:
+        self._report, self._stage, self._since = report, "rest", time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        # A stage that has done something ran before it said so.
+        self._add(stage if self._stage == "rest" and done else self._stage)
+        self._stage = "rest" if done >= total else stage
+        self._report(stage, done, total)
+
+    def _add(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now
+
+    def summary(self) -> str:
+        """Seconds of each stage, of all, the planner's share if there was one, and the process's peak of memory."""
+        self._add(self._stage)
+        total = sum(self.seconds.values())
+        order = [*(name for name in self.seconds if name != "rest"), "rest"]
+        parts = ", ".join(f"{name} {self.seconds[name]:.1f} s" for name in order if name in self.seconds)
+        planner = sum(self.seconds.get(name, 0.0) for name in self.PLANNER)
+        share = f", {planner / total:.0%} of it the planner's" if planner else ""
+        return f"{parts}; {total:.1f} s in all{share}; peak memory {peak_memory()}"
+
+
+def peak_memory() -> str:
+    """The most that this process has had in memory, and on a GPU if it used one."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        text += f", on the GPU {torch.cuda.max_memory_allocated() / 1e9:.2f} GB"
+    return text
 
 
 @contextmanager

@@ -167,7 +167,7 @@ def _kernels() -> Found:
             chosen.setdefault(name, []).append(_called(device, dtype))
             for better in dispatch.ORDER[: dispatch.ORDER.index(name) if name in dispatch.ORDER else 0]:
                 there = row.get(better)
-                if there is None and better in dispatch.LIBRARIES:
+                if there is None and better in dispatch.SELDOM:
                     continue
                 why = "is not written" if there is None else there.limits(device, dtype, "fp32") or there.missing()
                 if f"{better} {why}" not in reasons:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bernini import Bernini, cli, cli_options, demo
+from bernini import Bernini, cli, cli_options, cli_screen, demo
 from bernini.cases import to_request
 from bernini.media import read_image, read_video, write_video
 from bernini.request import Request
@@ -82,6 +83,31 @@ def test_a_seed_means_one_result(toy: Path, media: Path, tmp_path: Path) -> None
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert names(tmp_path) == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+def test_where_the_time_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 1.0, 3.0, 3.5, 5.5, 6.0, 10.0, 11.0, 20.0])
+    monkeypatch.setattr(cli_screen.time, "perf_counter", lambda: next(ticks))
+    seen: list[tuple[str, int, int]] = []
+    watch = cli_screen.Stopwatch(lambda *report: seen.append(report))
+    reports = [("seeing", 0, 1), ("seeing", 1, 1), ("planning", 0, 2), ("planning", 2, 2), ("encoding", 0, 1)]
+    reports += [("sampling", 1, 2), ("sampling", 2, 2)]
+    for report in reports:
+        watch(*report)
+    assert seen == reports
+    found = watch.summary().split("; peak memory ")
+    assert found[0] == (
+        "seeing 2.0 s, planning 2.0 s, encoding 4.0 s, sampling 1.0 s, rest 11.0 s; 20.0 s in all, 20% of it "
+        "the planner's"
+    )
+    assert 0.05 < float(found[1].removesuffix(" GB")) < 24
+
+
+def test_a_run_tells_its_stages(toy: Path, media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(toy, tmp_path / "out.mp4", "--video", media / "in.mp4", *FAST) == 0
+    told = next(line for line in capsys.readouterr().err.splitlines() if "in all" in line)
+    stages = r"result: reading \S+ s, encoding \S+ s, sampling \S+ s, decoding \S+ s, rest \S+ s"
+    assert re.fullmatch(stages + r"; \S+ s in all; peak memory \S+ GB", told), told
 
 
 @pytest.mark.parametrize(
