@@ -222,35 +222,32 @@ BERNINI_API void bernini_guide(const Call* described, int threads) {
     const int64_t items = call.frames * job.chunks;
     const auto measure = call.predictions[0].is_bf16 ? measure_bf16 : measure_f32;
     const auto write = call.predictions[0].is_bf16 ? write_bf16 : write_f32;
-    // Frame by frame, threads need not wait for each other and find again what they have just read. That takes frames
-    // enough to keep all of them busy.
-    const bool by_frame = two_passes && call.apg == kFrame && call.frames >= kFramesPerThread * threads;
+    // Frame by frame, threads need not wait for each other and find again what they have just read. The frames that are
+    // then left over, fewer than threads, are shared out in chunks.
+    const int64_t alone = two_passes && call.apg == kFrame ? call.frames - call.frames % threads : 0;
+    const int64_t first = alone * job.chunks;
     if (!two_passes) weigh(job, 0, call.frames);
 #pragma omp parallel num_threads(threads) if (items * job.chunk * call.prediction_count * 4 > kParallelBytes)
     {
         std::vector<float> memory(job.scratch + kCacheLine);
         const intptr_t past = reinterpret_cast<intptr_t>(memory.data()) / sizeof(float) % kCacheLine;
         float* scratch = memory.data() + (kCacheLine - past) % kCacheLine;
-        if (by_frame) {
-#pragma omp for schedule(dynamic)
-            for (int64_t frame = 0; frame < call.frames; ++frame) {
-                for (int64_t number = 0; number < job.chunks; ++number) measure(job, frame, number, scratch);
-                weigh(job, frame, 1);
-                for (int64_t number = job.chunks; number-- > 0;)  // what was read last is nearest
-                    write(job, frame, number, scratch);
-            }
-        } else {
-            if (two_passes) {
-#pragma omp for schedule(static)
-                for (int64_t item = 0; item < items; ++item)
-                    measure(job, item / job.chunks, item % job.chunks, scratch);
-#pragma omp single
-                weigh(job, 0, call.frames);
-            }
-#pragma omp for schedule(static)
-            for (int64_t item = 0; item < items; ++item)
-                write(job, item / job.chunks, item % job.chunks, scratch);
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t frame = 0; frame < alone; ++frame) {
+            for (int64_t number = 0; number < job.chunks; ++number) measure(job, frame, number, scratch);
+            weigh(job, frame, 1);
+            for (int64_t number = job.chunks; number-- > 0;)  // what was read last is nearest
+                write(job, frame, number, scratch);
         }
+        if (two_passes && alone < call.frames) {
+#pragma omp for schedule(dynamic)
+            for (int64_t item = first; item < items; ++item)
+                measure(job, item / job.chunks, item % job.chunks, scratch);
+#pragma omp single
+            weigh(job, alone, call.frames - alone);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t item = first; item < items; ++item) write(job, item / job.chunks, item % job.chunks, scratch);
         fence();
     }
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, launch
 from ..native import loader
 from . import native, reference
 
@@ -27,6 +28,8 @@ _NATIVE: dict[str, Any] = {
     "roundings": ("fp32",),
     "missing": loader.missing,
 }
+for _op in ("guide", "guide_momentum"):
+    dispatch.provide(_op, replace(launch.triton_implementation(__package__, _op), roundings=("fp32",)))
 dispatch.provide("guide", dispatch.Implementation("native", native.guide, **_NATIVE))
 dispatch.provide("guide", dispatch.Implementation("reference", reference.guide))
 dispatch.provide("guide_momentum", dispatch.Implementation("native", native.guide_momentum, **_NATIVE))
@@ -34,9 +37,9 @@ dispatch.provide("guide_momentum", dispatch.Implementation("reference", _referen
 
 
 def _dtype(predictions: Sequence[Tensor], *args: Any) -> torch.dtype:
-    """That an implementation must be made for: a latent or history in another than the usual two counts as well."""
-    others = (t.dtype for t in (args[5], *args[10]) if t is not None)
-    return next((d for d in others if d not in (torch.float32, torch.bfloat16)), predictions[0].dtype)
+    """That an implementation must be made for: of all tensors' the least usual one, of the usual two the predictions'."""
+    every = [predictions[0].dtype, *(t.dtype for t in (args[5], *args[10]) if t is not None)]
+    return max(every, key=lambda dtype: (dtype not in launch.DTYPES, dtype == torch.float16))
 
 
 def _forward(predictions: Sequence[Tensor], *args: Any) -> list[Tensor]:

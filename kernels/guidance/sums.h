@@ -47,7 +47,6 @@ struct Call {
 constexpr int64_t kMeasured = 1024, kBlock = 512;
 constexpr int64_t kCacheLine = 16;   // values; a vector that crosses its border takes twice as long
 constexpr int64_t kMostChunks = 32;  // per frame: what is shared out to the threads
-constexpr int64_t kFramesPerThread = 4;
 constexpr int64_t kAtOnce = 4;  // links of a chain, or terms, in registers
 constexpr float kZeros[kBlock] = {};
 constexpr double kFrameNormFloor = 1e-12, kGlobalEps = 1e-8;  // as in reference.py
