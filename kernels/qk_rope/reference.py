@@ -6,8 +6,9 @@ Shapes: T tokens, H heads, D head dim, P pairs = D/2, N = H * D. Float64 inputs 
 else in float32.
 
 Rotation is one complex multiplication per pair. On a CPU that is the fastest of the plain forms (the others either
-read and write every second number or copy the tensor with its pairs swapped), and torch rounds its two products
-before adding them, so it gives the bits of ``x1 * cos - x2 * sin`` and ``x1 * sin + x2 * cos``.
+read and write every second number or copy the tensor with its pairs swapped). It gives ``x1 * cos - x2 * sin`` and
+``x1 * sin + x2 * cos``, each of two products that torch rounds before it adds them, but for a few at the end of a
+tensor, where compilers may fuse a product with the sum.
 """
 
 from __future__ import annotations
