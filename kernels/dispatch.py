@@ -2,8 +2,9 @@
 
 Every op has up to three implementations: ``triton`` (GPUs), ``native`` (the C++ twin, or torch's own where torch is
 already right) and ``reference`` (plain PyTorch, every device and dtype, the definition of right); before them may come
-a library's, where that is known to be faster. A call takes the first one that is declared for its device, dtype,
-rounding and width. ``BERNINI_KERNELS=triton|native|reference`` forces one for every op and fails where it cannot serve.
+a library's, where that is known to be faster, and ``tiled`` (for CPUs, from pieces that torch's own kernel computes)
+stands in for a C++ twin. A call takes the first one that is declared for its device, dtype, rounding and width.
+``BERNINI_KERNELS=triton|native|tiled|reference`` forces one for every op and fails where it cannot serve.
 :func:`which` tells what a call would use. An implementation that is declared but missing on this machine (no compiler,
 no Triton) is reported once, never skipped in silence.
 
@@ -23,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ORDER = ("quack", "triton", "native", "reference")
-LIBRARIES = ("quack",)
-"""Other people's kernels, which serve an op here and there."""
+ORDER = ("quack", "triton", "native", "tiled", "reference")
+SELDOM = ("quack", "tiled")
+"""Other people's kernels, and ours made of them: they serve an op here and there."""
 
 ROUNDINGS = ("fp32", "eager")
 FAMILIES = ("rms_norm", "qk_rope", "modulate", "guidance", "attention", "scatter")

@@ -12,14 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from . import backends, reference
+from .. import dispatch, launch
+from . import backends, cpu, reference
 from .backends import available_backends as available_backends
 
 dispatch.provide("interval_attention", dispatch.Implementation("reference", reference.interval_attention))
 dispatch.provide(
     "interval_attention_backward", dispatch.Implementation("reference", reference.interval_attention_backward)
 )
+dispatch.provide("interval_attention", launch.triton_implementation(__package__, "interval_attention"))
+dispatch.provide(
+    "interval_attention_backward",
+    launch.triton_implementation(__package__, "interval_attention_backward", module="kernel_bwd"),
+)
+dispatch.provide("interval_attention", cpu.implementation(cpu.interval_attention))
+dispatch.provide("interval_attention_backward", cpu.implementation(cpu.interval_attention_backward))
 
 
 def _check_intervals(starts: Tensor, ends: Tensor, starts2: Tensor | None, ends2: Tensor | None, keys: int) -> None:
@@ -199,7 +206,7 @@ def attention(
         )
     if backend == "auto" and dispatch.forced() == "reference":
         backend = "reference"
-    chosen = backends.pick(backend, q.device, q.dtype)
+    chosen = backends.pick(backend, q.device, q.dtype, (q.shape[2], v.shape[2]))
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     return chosen.run(q, k, v, borders_q, borders_k, scale)
 

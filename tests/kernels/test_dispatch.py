@@ -67,7 +67,7 @@ def test_forcing_is_read_at_each_call(monkeypatch):
     monkeypatch.setenv("BERNINI_KERNELS", "reference")
     rms_norm(x)
     monkeypatch.setenv("BERNINI_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="BERNINI_KERNELS='cuda': expected one of quack, triton, native, reference"):
+    with pytest.raises(ValueError, match="'cuda': expected one of quack, triton, native, tiled, reference"):
         rms_norm(x)
 
 
@@ -101,7 +101,7 @@ def test_nothing_serves(table):
 
 def test_unknown_names(table):
     with pytest.raises(
-        ValueError, match="toy: unknown implementation 'fast'; there are quack, triton, native, reference"
+        ValueError, match="toy: unknown implementation 'fast'; there are quack, triton, native, tiled, reference"
     ):
         table("fast")
     with pytest.raises(ValueError, match=r"unknown op 'soft_max'; there are .*modulate.*qk_rope.*rms_norm"):
