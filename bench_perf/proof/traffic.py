@@ -51,16 +51,17 @@ def traffic(launch: Launch, values: Mapping[str, np.ndarray[Any, Any]] | None = 
         ValueError: something decides that is not known, or sampled programs differ.
     """
     function = ttir.parse(launch.compiled.asm["ttir"])
+    roots = ttir.Roots(function)
     counts: Counter[str] = Counter()
     programs = math.prod(launch.grid)
     if programs <= FEW_PROGRAMS:
         for number in range(programs):
-            counts += _Program(launch, function, values or {}, _place(number, launch.grid)).run()
+            counts += _Program(launch, function, roots, values or {}, _place(number, launch.grid)).run()
     else:
         x, y, z = launch.grid
         for other in range(y * z):
             sample = [
-                _Program(launch, function, values or {}, (at, other % y, other // y)).run()
+                _Program(launch, function, roots, values or {}, (at, other % y, other // y)).run()
                 for at in sorted({0, 1, x // 2, x - 2, x - 1})
             ]
             if any(one != sample[0] for one in sample):
@@ -118,11 +119,11 @@ class _Program:
     """One program of the grid: its scalars and what it loads and stores."""
 
     def __init__(
-        self, launch: Launch, function: ttir.Function, values: Mapping[str, np.ndarray[Any, Any]],
-        place: tuple[int, int, int],
+        self, launch: Launch, function: ttir.Function, roots: ttir.Roots,
+        values: Mapping[str, np.ndarray[Any, Any]], place: tuple[int, int, int],
     ) -> None:  # fmt: skip
         self._launch, self._function, self._values, self._place = launch, function, values, place
-        self._roots = ttir.Roots(function)
+        self._roots = roots
         self._known: dict[str, Scalar] = {}
         for name, kind in function.arguments.items():
             value = launch.argument(name.removeprefix("%"))
