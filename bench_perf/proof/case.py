@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-FAMILIES = ("rms_norm", "qk_rope", "modulate", "scatter", "attention")
+FAMILIES = ("rms_norm", "qk_rope", "modulate", "scatter", "attention", "guidance")
 
 TOKENS, WIDTH = 440_000, 5120
 """The longest sequence of the paper's training, and the width of the 14B renderer: more than 2^31 elements."""

@@ -11,7 +11,7 @@ result; half of the first two in bf16. x0 space reads the latent for the sums to
 Momentum reads and writes the buffer in the first launch and reads it in the second, 12 per link.
 
 The sums are those of the differences themselves, in float32: a thread adds up a few values, the threads of a program
-and then the chunks are added as trees, all in an order that follows from the sizes only.
+and then the chunks are added as trees, all in an order that follows from the sizes only. Values beyond 1e16 overflow.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def guide_kernel(
         if FORM is None:
             weights = weights + (share, 0.0)
         else:
-            every = frames * parts if FORM == "frame" else parts
+            every = frames * parts if FORM == "frame" else tl.cast(parts, tl.int64)
             first_ptr = partials_ptr + 3 * link * every + (frame * parts if FORM == "frame" else 0)
             threshold = numbers.thresholds[link]
             weights = weights + _weights(first_ptr, share, threshold, numbers.eta, every, parts, FORM, AT_ONCE)
@@ -271,6 +271,7 @@ class Call:
         coefficients: Sequence[float],
         history: Sequence[Tensor],
         rounding: str,
+        *,
         buffer: Tensor | None = None,
         momentum: float = 0.0,
     ) -> Call:
@@ -307,8 +308,10 @@ class Call:
         return triton.cdiv(tiles, max(1, size)), size
 
     def shape(self) -> tuple[int, int]:
-        """(TILE, LANES): a thread's load of a prediction has 128 bits."""
-        return TILE, 16 // self.inputs.predictions[0].element_size()
+        """(TILE, LANES): so many values that a thread's loads have 128 bits, those of the narrowest tensor too."""
+        predictions, latent, history, *_ = self.inputs
+        every = (*predictions, *history, predictions[0] if latent is None else latent)
+        return TILE, 16 // min(x.element_size() for x in every)
 
 
 def partial_sums(call: Call) -> Tensor:
@@ -367,5 +370,5 @@ def guide_momentum(
     reduce: Callable[[Tensor], None] | None = None,
 ) -> None:  # fmt: skip
     """The op ``bernini::guide_momentum``: the same into ``outputs``, with a buffer that is updated in place."""
-    run(Call.of(*args, buffer, momentum), outputs, reduce)
+    run(Call.of(*args, buffer=buffer, momentum=momentum), outputs, reduce)
     torch.autograd.graph.increment_version((buffer, *outputs))

@@ -37,7 +37,7 @@ dispatch.provide("guide_momentum", dispatch.Implementation("reference", _referen
 
 
 def _dtype(predictions: Sequence[Tensor], *args: Any) -> torch.dtype:
-    """That an implementation must be made for: of all tensors' the least usual one, of the usual two the predictions'."""
+    """What an implementation must be made for: the least usual one; of bf16 and float32 the predictions'."""
     every = [predictions[0].dtype, *(t.dtype for t in (args[5], *args[10]) if t is not None)]
     return max(every, key=lambda dtype: (dtype not in launch.DTYPES, dtype == torch.float16))
 
