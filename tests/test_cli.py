@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -473,15 +474,19 @@ def test_an_interrupt_leaves_nothing(toy: Path, media: Path, tmp_path: Path) -> 
         "--steps", "100000", "--output", tmp_path / "out.mp4", "--frames-dir", tmp_path / "frames",
     ]  # fmt: skip
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
+    # In the background of a script, where these tests may run, Ctrl-C would be ignored.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=heed
+    ) as process:
         assert process.stderr is not None
         while "task v2v" not in (line := process.stderr.readline()):
             assert line, "ended before it began"
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
         process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-        assert process.wait(30) == 130
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
     assert said.strip().splitlines()[-1] == "bernini generate: interrupted" and "Traceback" not in said
     assert not names(tmp_path)
 
