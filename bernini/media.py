@@ -347,7 +347,6 @@ def write_video(path: PathLike, frames_FHW3: Tensor | NDArray[np.uint8], fps: fl
                 pictures = _with_palette(pictures, width, height, rate)
             else:
                 stream.options = {"crf": str(crf)}
-                stream.codec_context.thread_count = 1  # with more, x264 writes another file every time
                 # swscale converts with the BT.601 matrix; untagged, players guess BT.709 for large pictures.
                 stream.codec_context.colorspace = av.video.reformatter.Colorspace.SMPTE170M
             for picture in pictures:
