@@ -92,7 +92,7 @@ def thresholds(value: Any) -> tuple[float, ...]:
     return values
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"must be text, got {_kind(value)}")
     return value
@@ -121,14 +121,14 @@ def _kind(value: Any) -> str:
 
 
 _KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "task_type": ("task", _text),
-    "prompt": ("prompt", _text),
-    "neg_prompt": ("negative_prompt", _text),
-    "guidance_mode": ("mode", _text),
+    "task_type": ("task", text),
+    "prompt": ("prompt", text),
+    "neg_prompt": ("negative_prompt", text),
+    "guidance_mode": ("mode", text),
     "video": ("videos", _paths),
     "image": ("images", _paths),
     "images": ("images", _paths),
-    "output": ("output", _text),
+    "output": ("output", text),
     "num_frames": ("num_frames", count),
     "height": ("height", count),
     "width": ("width", count),

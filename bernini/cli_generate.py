@@ -22,6 +22,7 @@ from .cli_screen import Stopwatch, progress_bar, quiet_libraries, say
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from .geometry import Geometry
     from .media import Clip
     from .pipeline import Bernini
     from .planner.stage import Planned
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_list(args)
     case = Case("result", {}) if args.case is None else read_case(args.case, args.case_root)
     folder = args.case is not None and args.output is not None and args.output.is_dir()
-    job = _job(case, args, folder=folder, planner=_has_planner(args))
+    job = _job(case, args, _about(args), folder=folder)
     where = place(args.device, args.dtype, args.attention)
     quiet_libraries()
     with _enough_memory():
@@ -64,7 +65,7 @@ def _run_list(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is for a single result, not for --inputs")
     cases = read_cases(args.inputs, args.case_root)
-    planner = _has_planner(args)
+    about = _about(args)
     where = place(args.device, args.dtype, args.attention)
     failures: list[str] = []
 
@@ -78,7 +79,7 @@ def _run_list(args: argparse.Namespace) -> int:
             try:
                 if isinstance(case, UserError):
                     raise case
-                job = _job(case, args, folder=True, planner=planner)
+                job = _job(case, args, about, folder=True)
                 if job.output in jobs:
                     raise UserError(f"{job.output} is the output of {jobs[job.output].name} already")
                 jobs[job.output] = job
@@ -137,11 +138,11 @@ def _enough_memory() -> Iterator[None]:
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
 
-def _job(case: Case, args: argparse.Namespace, *, folder: bool, planner: bool) -> Job:
+def _job(case: Case, args: argparse.Namespace, about: tuple[bool, Geometry], *, folder: bool) -> Job:
     """A case with the command line's options over it.
 
+    ``about``: whether the model has a planner, and its geometry.
     ``folder``: ``--output``, if given, is a folder, in which the file is named after the case's own output or the case.
-    ``planner``: whether the model has one.
     """
     from .frames_folder import check_frames_folder
     from .media import check_output, is_picture
@@ -154,7 +155,8 @@ def _job(case: Case, args: argparse.Namespace, *, folder: bool, planner: bool) -
     output: Path | None = case.output if folder or args.output is None else args.output
     still = output is not None and is_picture(output)
     request = to_request(options, still=still)
-    settings = settle(request, planner=planner)
+    planner, geometry = about
+    settings = settle(request, planner=planner, geometry=geometry)
     if folder and args.output is not None:
         suffix = ".png" if TASKS[settings.task].still else ".mp4"
         output = args.output / (case.name + suffix if output is None else output.name)
@@ -209,10 +211,11 @@ def _with_sources(job: Job) -> Job:
 # --- doing it ---------------------------------------------------------------------------------------------------------
 
 
-def _has_planner(args: argparse.Namespace) -> bool:
-    from .layouts import has_planner
+def _about(args: argparse.Namespace) -> tuple[bool, Geometry]:
+    """What requests depend on, from the checkpoint's configs: the weights are looked at last."""
+    from .geometry import peek
 
-    return has_planner(args.model)
+    return peek(args.model, args.components)
 
 
 def _load(args: argparse.Namespace, where: Place) -> Bernini:

@@ -86,9 +86,6 @@ def size(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdecimal() and len(part) < 7 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form HxW, e.g. 480x848")
     height, width = (int(part) for part in parts)
-    if min(height, width) < 16 or height % 16 or width % 16:
-        nearest = "x".join(str(max(16, round(value / 16) * 16)) for value in (height, width))
-        raise argparse.ArgumentTypeError(f"{text}: both sides must be multiples of 16; the nearest is {nearest}")
     return height, width
 
 
@@ -129,19 +126,24 @@ def add_generate(parser: Parser) -> None:
                        help=".mp4 .mov .mkv .gif; one frame: .png .jpg .webp too; --inputs: a folder")  # fmt: skip
     group.add_argument("--frames-dir", type=Path, metavar="DIR", help="a new folder for the frames as numbered PNGs")
     group.add_argument("--size", type=size, metavar="HxW",
-                       help="pixels, multiples of 16 (default: the source's, or the preset's)")  # fmt: skip
+                       help="pixels, multiples of the checkpoint's stride, 16 as released (default: the source's, or "
+                            "the checkpoint's or preset's)")  # fmt: skip
     group.add_argument("--height", type=count, metavar="H", help="with --width: the same as --size")
     group.add_argument("--width", type=count, metavar="W", help="with --height: the same as --size")
-    group.add_argument("--num-frames", type=count, metavar="N", help="at most so many, as 4n + 1 (default: 81)")
-    group.add_argument("--fps", type=rate, metavar="F", help="frames per second (default: 16)")
+    group.add_argument("--num-frames", type=count, metavar="N",
+                       help="at most so many, as 4n + 1 (default: the checkpoint's, released ones 81)")  # fmt: skip
+    group.add_argument("--fps", type=rate, metavar="F",
+                       help="frames per second (default: the checkpoint's, released ones 16)")  # fmt: skip
     group.add_argument("--max-size", "--max-image-size", dest="max_size", type=count, metavar="N",
-                       help="longest edge of sources in pixels (default: 848)")  # fmt: skip
+                       help="longest edge of sources (default: the checkpoint's, released ones 848)")  # fmt: skip
     group.add_argument("--source-order", choices=["videos-first", "images-first"],
                        help="which sources get the lower segment ids (default: videos-first, as released)")  # fmt: skip
 
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: bernini-r, or v2 with a planner)"
+        "--preset",
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)} (default: the checkpoint's, released ones bernini-r, or v2 with a planner)",
     )
     group.add_argument("--guidance-mode", dest="mode", metavar="MODE", help="which branches are guided, and how")
     group.add_argument("--steps", "--num-inference-steps", dest="steps", type=count, metavar="N", help="sampling steps")
@@ -154,7 +156,8 @@ def add_generate(parser: Parser) -> None:
     group.add_argument("--norm-threshold", dest="thresholds", nargs="+", type=number, metavar="T",
                        help="projected guidance: 1 to 3 limits of the difference's norm")  # fmt: skip
     group.add_argument("--momentum", type=number, metavar="M", help="projected guidance: momentum")
-    group.add_argument("--flow-shift", type=positive, metavar="S", help="shift of the noise levels (default: 5)")
+    group.add_argument("--flow-shift", type=positive, metavar="S",
+                       help="shift of the noise levels (default: the checkpoint's, released ones 5)")  # fmt: skip
     solvers = group.add_mutually_exclusive_group()
     solvers.add_argument("--solver", choices=["unipc", "euler"], help="(default: unipc)")
     solvers.add_argument("--use-unipc", dest="solver", action="store_const", const="unipc", help="--solver unipc")
@@ -167,8 +170,10 @@ def add_generate(parser: Parser) -> None:
                        help="refinement steps of the plan")  # fmt: skip
     group.add_argument("--decoder-steps", "--vit-denoising-step", dest="decoder_steps", type=count, metavar="N",
                        help="steps of the ViT-embedding decoder")  # fmt: skip
-    group.add_argument("--vit-txt-cfg", type=number, metavar="W", help="plan guidance: the sources (default: 1.2)")
-    group.add_argument("--vit-img-cfg", type=number, metavar="W", help="plan guidance: the text (default: 1.0)")
+    group.add_argument("--vit-txt-cfg", type=number, metavar="W",
+                       help="plan guidance: the sources (default: the checkpoint's, released ones 1.2)")  # fmt: skip
+    group.add_argument("--vit-img-cfg", type=number, metavar="W",
+                       help="plan guidance: the text (default: the checkpoint's, released ones 1.0)")  # fmt: skip
     group.add_argument("--plan-parity", action="store_const", const=True, default=None,
                        help="plan with the released loop's quirks and random numbers")  # fmt: skip
     group.add_argument("--plan", type=Path, metavar="FILE", help="render this plan instead of making one")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import derive, expected_shapes, expert_tensors, mismatches
+from .geometry import Geometry
 from .layouts import ExpertPlace, Layout, read_layout
 from .renderer.config import RendererConfig
 from .renderer.sampler import Which
@@ -61,6 +62,8 @@ class Report:
     model_type: str | None = None
     boundary: float | None = None
     """Timestep at which two experts take turns."""
+    geometry: Geometry | None = None
+    """Strides and defaults, where the layout is known and no value of theirs is wrong."""
     components: list[Component] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Worth knowing, and not wrong."""
@@ -94,10 +97,15 @@ def inspect(folder: str | Path) -> Report:
         return report
     report.layout, report.model_type = layout.kind, layout.model_type
     if layout.kind == "bundle":
-        report.boundary = layout.boundary
-        _bundle(report)
+        _bundle(report, layout)
     else:
         _renderer(report, layout)
+    if len(layout.experts) == 2:
+        report.boundary = layout.boundary
+    try:
+        report.geometry = Geometry.read(report.folder)
+    except CheckpointError as error:
+        report.general.append(str(error))
     return report
 
 
@@ -119,8 +127,6 @@ def _renderer(report: Report, layout: Layout) -> None:
     for role, place in layout.experts.items():
         what = "the only expert" if len(layout.experts) == 1 else f"{role}-noise expert"
         report.components.append(_expert_folder(place, what, needs_config=layout.kind == "diffusers"))
-    if len(layout.experts) == 2:
-        report.boundary = layout.boundary
     if layout.kind == "raw":
         report.notes.append(
             "a raw export: the experts only; vae, text_encoder and tokenizer come from another checkpoint"
@@ -134,7 +140,8 @@ def _renderer(report: Report, layout: Layout) -> None:
         report.notes.append("no scheduler folder; it is not needed")
 
 
-def _bundle(report: Report) -> None:
+def _bundle(report: Report, layout: Layout) -> None:
+    used = {place.which for place in layout.experts.values()}
     folder = report.folder / "bernini"
     found = scan(folder) if folder.is_dir() else Found(problems=[f"{folder}: no such folder"])
     report.general += found.problems
@@ -147,13 +154,20 @@ def _bundle(report: Report) -> None:
         component.files, component.bytes = len({s.file for s in inside.values()}), sum(s.size for s in inside.values())
         report.components.append(component)
         where = f"{folder}: {prefix}*"
-        if not inside:
+        high = prefix.startswith("diff_dec.")
+        expert: Which | None = ("high" if high else "low") if "expert" in what else None
+        if expert is not None and expert not in used:
+            if inside:
+                report.notes.append(f"{where}: not used; config.json skips the {what}")
+            else:
+                report.components.remove(component)
+        elif not inside:
             component.problems.append(f"{where}: no such tensors ({what})")
-        elif "expert" in what:
-            high = prefix.startswith("diff_dec.")
+        elif expert is not None:
+            component.what = what if len(used) == 2 else "the only expert"
             file = report.folder / ("transformer_config.json" if high else "transformer_2_config.json")
             config = _config(component, file, needed=True)
-            _check_expert(component, inside, "high" if high else "low", config, where)
+            _check_expert(component, inside, expert, config, where)
         elif len(inside) not in counts:
             report.notes.append(f"{where}: {len(inside)} tensors; the released bundles have {counts[-1]}")
     if left:
@@ -285,6 +299,8 @@ def render(report: Report) -> str:
         lines.append("  " + "  ".join(padded).rstrip())
         if component.config is not None:
             lines.append(" " * (widths[0] + 4) + _dimensions(component.config))
+    if report.geometry is not None:
+        lines.append(f"  {report.geometry.describe()}")
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"problem: {problem}" for problem in report.problems] or ["no problems found"]
     return "\n".join(lines)

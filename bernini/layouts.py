@@ -10,7 +10,7 @@ among those of the expert. It has no other folders, and need not have a ``config
 
 ``bundle``: a full Bernini with its planner (``model_type: bernini``): ``bernini/`` holds the weights of all parts,
 ``mllm/`` the planner's config and tokenizer, ``transformer_config.json`` and ``transformer_2_config.json`` the experts'
-dimensions, ``t5_text_encoder/`` and ``t5_tokenizer/`` the text parts.
+dimensions, ``t5_text_encoder/`` and ``t5_tokenizer/`` the text parts. It, too, can skip an expert.
 """
 
 from __future__ import annotations
@@ -28,10 +28,15 @@ BOUNDARY = 0.875
 """Share of the 1000 timesteps from which on the high-noise expert works, where no config says."""
 DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt")
 """Files of a Hugging Face repository that are of use: configs, weights, tokenizers."""
+CONFIGS = ("config.json", "transformer*config.json", "*/config.json")
+"""Those of them that say what a checkpoint is; a few kilobytes."""
 _REPOSITORY = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 BUNDLE_WEIGHTS = "bernini"
 """Folder of a bundle that holds the weights of all its parts."""
 BUNDLE_CONFIGS: dict[Which, str] = {"high": "transformer_config.json", "low": "transformer_2_config.json"}
+
+
+Kind = Literal["diffusers", "raw", "bundle"]
 
 
 class ExpertPlace(NamedTuple):
@@ -44,7 +49,7 @@ class ExpertPlace(NamedTuple):
 class Layout:
     """What a checkpoint folder says about itself."""
 
-    kind: Literal["diffusers", "raw", "bundle"]
+    kind: Kind
     model_type: str
     experts: dict[Which, ExpertPlace]
     """By the role they play. The folders need not exist."""
@@ -69,16 +74,14 @@ def read_layout(folder: str | Path) -> Layout:
     # A raw export need not have a config of its own; the folders' names say what it is.
     config = {"model_type": "bernini_renderer"} if present and not file.is_file() else read_json(file)
     model_type = config.get("model_type")
-    if model_type == "bernini":
-        weights = folder / BUNDLE_WEIGHTS
-        both: tuple[Which, ...] = ("high", "low")
-        places = {which: ExpertPlace(weights, which) for which in both}
-        return Layout("bundle", model_type, places, _boundary(config, file))
-    if model_type != "bernini_renderer":
+    bundle = model_type == "bernini"
+    if not bundle and model_type != "bernini_renderer":
         if config.get("_class_name") == "WanTransformer3DModel":
             raise CheckpointError(f"{folder}: the folder of one expert; give the checkpoint folder above it")
         raise CheckpointError(f"{file}: model_type is {model_type!r}, expected 'bernini_renderer'")
     paths: dict[Which, Path] = raw if present else {"high": folder / "transformer", "low": folder / "transformer_2"}
+    if bundle:
+        present, paths = [], {"high": folder / BUNDLE_WEIGHTS, "low": folder / BUNDLE_WEIGHTS}
     skipped = {"high": config.get("skip_transformer_1"), "low": config.get("skip_transformer_2")}
     used: list[Which] = [which for which in paths if not skipped[which]]
     if not used:
@@ -89,7 +92,8 @@ def read_layout(folder: str | Path) -> Layout:
         remark = f"{folder}: only {raw[present[0]].name} is here, so this expert serves all timesteps"
     roles: tuple[Which, ...] = ("high", "low")
     experts = {role: ExpertPlace(paths[which], which) for role, which in zip(roles, used, strict=False)}
-    return Layout("raw" if present else "diffusers", model_type, experts, _boundary(config, file), remark)
+    kind: Kind = "bundle" if bundle else "raw" if present else "diffusers"
+    return Layout(kind, str(model_type), experts, _boundary(config, file), remark)
 
 
 def _boundary(config: Mapping[str, Any], file: Path) -> float:
@@ -103,14 +107,25 @@ def _boundary(config: Mapping[str, Any], file: Path) -> float:
 def has_planner(model: str | Path) -> bool:
     """Whether this is a full Bernini, by its ``config.json`` alone. False if that cannot be had: what is wrong with a
     checkpoint is said when it is opened."""
-    folder = Path(model).expanduser()
+    folder = config_folder(model, ("config.json",))
     try:
-        if not folder.is_dir():
-            resolved = re.fullmatch(_REPOSITORY, str(model)) and not folder.exists()
-            folder = _download(str(model), ["config.json"]) if resolved else folder
-        return read_json(folder / "config.json").get("model_type") == "bernini"
+        return folder is not None and read_json(folder / "config.json").get("model_type") == "bernini"
     except CheckpointError:
         return False
+
+
+def config_folder(model: str | Path, patterns: Sequence[str] = CONFIGS) -> Path | None:
+    """A folder with a checkpoint's configs, of a repository fetched without anything else; ``None`` if it cannot be
+    had."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(_REPOSITORY, str(model)):
+        return None
+    try:
+        return _download(str(model), list(patterns))
+    except CheckpointError:
+        return None
 
 
 def component_folder(root: str | Path, name: str) -> Path:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import os
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import UserError
+from .geometry import RELEASED, Geometry
 from .media_rules import Timeline
 from .media_rules import frame_count as frame_count
 from .media_rules import frame_indices as frame_indices
@@ -110,6 +112,8 @@ def read_video(
     min_size: int = 1,
     size: tuple[int, int] | None = None,
     rule: str = "renderer",
+    window: Callable[[int, float], tuple[int, int]] | None = None,
+    geometry: Geometry = RELEASED,
 ) -> Clip:
     """Reads a video at a frame rate, a number of frames and a size.
 
@@ -119,26 +123,34 @@ def read_video(
         max_size, min_size: limits in pixels for the long and the short edge, see :func:`resize_size`.
         size: exact (width, height) instead; the aspect ratio is then the caller's concern.
         rule: ``"renderer"``, ``"full"`` or ``"full_vit"``, see :func:`frame_indices`.
+        window: from the number of frames in the file and their rate, the first frame that counts and the one behind the
+            last; by default all do.
+        geometry: strides and rates of the checkpoint that it is read for.
 
     Returns:
-        A :class:`Clip` at ``fps`` (at ``fps // 8`` for ``"full_vit"``). Where frames are shown for uneven times
-        (variable frame rate) they are chosen by their timestamps on an even timeline at the mean rate.
+        A :class:`Clip` at ``fps`` (``geometry.vit_rate(fps)`` for ``"full_vit"``). Where frames are shown for uneven
+        times (variable frame rate) they are chosen by their timestamps on an even timeline at the mean rate.
 
     Raises:
         MediaError: the file is missing, a directory, empty, no video, without pictures or cut off before the first one.
     """
     path = _existing(path)
-    timeline = _scan(path)
+    timeline, first = _scan(path), 0
+    if window is not None:
+        first, end = window(timeline.total, timeline.fps)
+        timeline = Timeline(timeline.fps, [time - timeline.times[first] for time in timeline.times[first:end]])
     while True:  # again, with a shorter timeline, only when fewer frames can be decoded than the container promised
-        indices = frame_indices(timeline.total, timeline.fps, fps, frame_count(num_frames), rule)
-        wanted = [timeline.frame_at(index) for index in indices]
-        kept, decoded = _decode(path, set(wanted), size, max_size, min_size)
+        indices = geometry.frame_indices(timeline.total, timeline.fps, fps, geometry.frame_count(num_frames), rule)
+        wanted = [first + timeline.frame_at(index) for index in indices]
+        kept, decoded = _decode(path, set(wanted), size, max_size, min_size, geometry.pixel_stride)
         if decoded > max(wanted):
-            return Clip(torch.stack([kept[index] for index in wanted]), max(1, fps // 8) if rule == "full_vit" else fps)
-        if decoded == 0:
+            rate = geometry.vit_rate(fps) if rule == "full_vit" else fps
+            return Clip(torch.stack([kept[index] for index in wanted]), rate)
+        if decoded <= first:
             raise MediaError(f"{path}: not one frame can be decoded; the file seems cut off or damaged")
-        warnings.warn(f"{path}: only {decoded} of {timeline.total} frames can be decoded", RuntimeWarning, stacklevel=2)
-        timeline = Timeline(timeline.fps, timeline.times[:decoded])
+        total = first + timeline.total
+        warnings.warn(f"{path}: only {decoded} of {total} frames can be decoded", RuntimeWarning, stacklevel=2)
+        timeline = Timeline(timeline.fps, timeline.times[: decoded - first])
 
 
 def _scan(path: Path) -> Timeline:
@@ -181,7 +193,7 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _decode(
-    path: Path, wanted: set[int], size: tuple[int, int] | None, max_size: int, min_size: int
+    path: Path, wanted: set[int], size: tuple[int, int] | None, max_size: int, min_size: int, stride: int
 ) -> tuple[dict[int, Tensor], int]:
     """Decodes up to the last wanted frame. Returns the wanted ones, upright and resized, and how many were seen."""
     kept: dict[int, Tensor] = {}
@@ -193,7 +205,7 @@ def _decode(
                 # Phones store frames as the sensor gave them, with the turn that makes them upright.
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 upright = torch.from_numpy(np.ascontiguousarray(pixels))[None]
-                size = size or resize_size(upright.shape[2], upright.shape[1], max_size, min_size)
+                size = size or resize_size(upright.shape[2], upright.shape[1], max_size, min_size, stride)
                 kept[number] = resize(upright, size)[0]
             if number >= last:
                 break
@@ -201,7 +213,12 @@ def _decode(
 
 
 def read_image(
-    path: PathLike, *, max_size: int = 848, min_size: int = 1, size: tuple[int, int] | None = None
+    path: PathLike,
+    *,
+    max_size: int = 848,
+    min_size: int = 1,
+    size: tuple[int, int] | None = None,
+    geometry: Geometry = RELEASED,
 ) -> Tensor:
     """Reads an image as RGB uint8 ``[H, W, 3]``, sized as :func:`read_video` does.
 
@@ -220,7 +237,8 @@ def read_image(
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{path}: cannot be read as an image ({error}); damaged, or not an image") from error
     pixels = torch.from_numpy(np.array(image))[None]
-    return resize(pixels, size or resize_size(image.width, image.height, max_size, min_size))[0]
+    size = size or resize_size(image.width, image.height, max_size, min_size, geometry.pixel_stride)
+    return resize(pixels, size)[0]
 
 
 def _rgb(path: Path, image: Image.Image) -> Image.Image:
@@ -319,6 +337,9 @@ def write_video(path: PathLike, frames_FHW3: Tensor | NDArray[np.uint8], fps: fl
     one palette made from all frames. A GIF counts in hundredths of a second: its frames differ by one in length where
     the rate asks for it, and more than 50 in a second are shown slower.
 
+    The same frames give the same bytes on one machine with the same libraries. Elsewhere they may not: x264 decides
+    by the kind and the number of processors.
+
     Args:
         fps: frames per second.
         crf: constant rate factor of H.264, 0 (largest) to 51; 8 cannot be told from the original by eye.
@@ -339,6 +360,8 @@ def write_video(path: PathLike, frames_FHW3: Tensor | NDArray[np.uint8], fps: fl
     rate = Fraction(min(fps, 50) if gif else fps).limit_denominator(100_000)
     with _whole_or_nothing(path, _CONTAINERS) as (part, container_format):
         options = {"movflags": "faststart"} if container_format in ("mp4", "mov") else {}
+        if container_format == "matroska":
+            options["fflags"] = "+bitexact"  # without it the file gets a random identity
         with av.open(str(part), "w", format=container_format, options=options) as container:
             stream: Any = container.add_stream("gif" if gif else "libx264", rate=rate)
             stream.width, stream.height, stream.pix_fmt = width, height, "pal8" if gif else "yuv420p"
@@ -346,12 +369,27 @@ def write_video(path: PathLike, frames_FHW3: Tensor | NDArray[np.uint8], fps: fl
             if gif:
                 pictures = _with_palette(pictures, width, height, rate)
             else:
-                stream.options = {"crf": str(crf)}
+                stream.options = {"crf": str(crf), **_repeatable()}
                 # swscale converts with the BT.601 matrix; untagged, players guess BT.709 for large pictures.
                 stream.codec_context.colorspace = av.video.reformatter.Colorspace.SMPTE170M
             for picture in pictures:
                 container.mux(stream.encode(picture))
             container.mux(stream.encode(None))
+
+
+@cache
+def _repeatable() -> dict[str, str]:
+    """Options that keep x264 from its AVX-512 code, which writes another file every time.
+
+    Its ``mbtree_propagate_list`` takes eight macroblocks a turn and does not mask the last ones: where the width is no
+    multiple of 128, what freed memory held decides how the bits are spread. Its AVX2 code is right and as fast. A
+    processor with AVX-512 has all of AVX2; others must not be told to use it.
+    """
+    try:
+        wide = "avx512f" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        wide = False
+    return {"x264-params": "asm=AVX2"} if wide else {}
 
 
 def _pictures(frames: Tensor) -> Iterator[Any]:

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
+# As released; a checkpoint's own are in its bernini.geometry.Geometry.
 STRIDE = 16  # pixels: the VAE's factor 8 times the transformer's patch size 2
 FRAME_STRIDE = 4  # video frames per latent frame; the first frame has a latent of its own
+VIT_RATE_DIVISOR = 8  # the planner's vision tower sees so many times fewer frames per second
+VIT_FRAME_STRIDE = 2  # frames per patch of the vision tower
 RULES = ("renderer", "full", "full_vit")
 
 
@@ -56,25 +59,42 @@ def resize_size(width: int, height: int, max_size: int, min_size: int = 1, strid
     return width, height
 
 
-def frame_count(frames: int) -> int:
+def frame_count(frames: int, stride: int = FRAME_STRIDE) -> int:
     """The frame count that is really used when ``frames`` are asked for: ``floor(frames / 4) * 4 + 1``."""
-    return max(frames, 0) // FRAME_STRIDE * FRAME_STRIDE + 1
+    return max(frames, 0) // stride * stride + 1
 
 
-def frame_indices(total: int, video_fps: float, fps: float, num_frames: int, rule: str = "renderer") -> list[int]:
+def vit_rate(fps: float, divisor: int = VIT_RATE_DIVISOR) -> float:
+    """Frames per second that the vision tower sees of a video at ``fps``: ``floor(fps / 8)``, at least one."""
+    return max(1, fps // divisor)
+
+
+def frame_indices(
+    total: int,
+    video_fps: float,
+    fps: float,
+    num_frames: int,
+    rule: str = "renderer",
+    *,
+    stride: int = FRAME_STRIDE,
+    vit_divisor: int = VIT_RATE_DIVISOR,
+    vit_stride: int = VIT_FRAME_STRIDE,
+) -> list[int]:
     """Which frames of a source are used.
 
     ``renderer`` and ``full`` spread ``frame_count(total / video_fps * fps)`` positions over the whole source and keep
     the first ``num_frames``. Where the source already has the wanted rate, ``renderer`` takes consecutive frames
     instead, as if the source were ``frame_count(total)`` long: **the last index is then ``total`` when ``total`` is a
-    multiple of 4**, one past the end, and a reader repeats the last frame. ``full_vit``, for the planner's vision
-    tower, does the same as ``full`` with an even count at ``fps // 8`` frames per second (two frames make one patch).
+    multiple of ``stride``**, one past the end, and a reader repeats the last frame. ``full_vit``, for the planner's
+    vision tower, does the same as ``full`` with a multiple of ``vit_stride`` at :func:`vit_rate` frames per second.
 
     Args:
         total: frames in the source.
         video_fps: rate of the source.
         fps: wanted rate.
         num_frames: upper limit; the pipelines pass a ``frame_count``.
+        stride: video frames per latent frame.
+        vit_divisor, vit_stride: of the vision tower: what divides its rate, and frames per patch.
 
     Raises:
         ValueError: an unknown rule, or a number that is not positive.
@@ -86,12 +106,12 @@ def frame_indices(total: int, video_fps: float, fps: float, num_frames: int, rul
             f"total, num_frames and rates must be positive, got {total}, {num_frames}, {video_fps} fps, {fps} fps"
         )
     if rule == "full_vit":
-        count = max(2, math.floor(total / video_fps * max(1, fps // 8) / 2) * 2)
-        limit = max(2, num_frames // 2 * 2)
+        count = math.floor(total / video_fps * vit_rate(fps, vit_divisor) / vit_stride) * vit_stride
+        count, limit = max(vit_stride, count), max(vit_stride, num_frames // vit_stride * vit_stride)
     else:
         if rule == "renderer" and video_fps == fps:
-            total = frame_count(total)
-        count = math.floor(total / video_fps * fps / FRAME_STRIDE) * FRAME_STRIDE + 1
+            total = frame_count(total, stride)
+        count = math.floor(total / video_fps * fps / stride) * stride + 1
         limit = num_frames
     positions = torch.linspace(0, total - 1, count, dtype=torch.float32, device="cpu")
     return [int(position) for position in positions.round()[:limit].tolist()]

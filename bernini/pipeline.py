@@ -20,13 +20,14 @@ from torch import Tensor
 from bernini.kernels import Segment, SegmentLayout, segment_phases
 
 from .checkpoint import CheckpointError, component_folder, open_experts, read_json, read_layout, resolve
+from .geometry import MLLM_CONFIG, RELEASED, Geometry
 from .media import Clip, from_model, to_model
-from .presets import NEGATIVE_PROMPT, TASK_PREFIXES
+from .presets import TASK_PREFIXES
 from .renderer.latents import patch_grid, patchify, unpatchify
 from .renderer.model import Renderer
 from .renderer.sampler import ExpertPair, Experts, OneAtATime, Which, sample
 from .renderer.schedule import make_solver
-from .renderer.text import TextEncoder, assemble_context
+from .renderer.text import TextEncoder
 from .renderer.vae import VideoAutoencoder
 from .request import Request, Settings, settle
 from .sources import read_sources, result_shape
@@ -56,8 +57,10 @@ class Bernini:
         vae: VideoAutoencoder,
         device: str = "cpu",
         planner: Callable[[], PlannerStage] | None = None,
+        geometry: Geometry = RELEASED,
     ) -> None:
         self.experts, self.text, self.vae, self.device, self._planner = experts, text, vae, device, planner
+        self.geometry = geometry
 
     @property
     def has_planner(self) -> bool:
@@ -107,7 +110,9 @@ class Bernini:
             expert.backend = attention
             return expert
 
-        planner = _planner(folder, dtype, device, attention) if read_layout(folder).kind == "bundle" else None
+        geometry = _geometry(folder, component_folder(parts, "vae") / "config.json", vae.config, files.config.to_dict())
+        bundle = read_layout(folder).kind == "bundle"
+        planner = _planner(folder, dtype, device, attention, geometry) if bundle else None
         experts: ExpertPair
         if planner is not None and not low_memory:
             stage = planner()
@@ -116,8 +121,8 @@ class Bernini:
             experts = OneAtATime(load, files.config, has_low=files.has_low, boundary=files.boundary)
         else:
             experts = Experts(load("high"), load("low") if files.has_low else None, files.boundary)
-        text, autoencoder = TextEncoder(tokenizer, encoder.to(device).eval()), VideoAutoencoder(vae.to(device).eval())
-        return cls(experts, text, autoencoder, device, planner)
+        text = TextEncoder(tokenizer, encoder.to(device).eval(), geometry.text_tokens)
+        return cls(experts, text, VideoAutoencoder(vae.to(device).eval()), device, planner, geometry)
 
     def __call__(self, prompt: str, *, progress: Progress | None = None, **options: Any) -> Clip:
         """``generate(Request(prompt, **options))``."""
@@ -134,7 +139,7 @@ class Bernini:
         Raises:
             UserError: an option that cannot work; MediaError: a file that cannot be read.
         """
-        chosen = settle(request, planner=self.has_planner)
+        chosen = settle(request, planner=self.has_planner, geometry=self.geometry)
         report = progress or (lambda stage, done, total: None)
         request = read_sources(request, chosen, report)
         shape = self.vae.latent_shape(*result_shape(request, chosen))
@@ -155,12 +160,12 @@ class Bernini:
             texts=texts,
             plan=chosen.plan,
             guidance=chosen.guidance,
-            solver=make_solver(request.solver, request.sigma_schedule, chosen.steps, request.flow_shift),
+            solver=make_solver(request.solver, request.sigma_schedule, chosen.steps, chosen.flow_shift),
             progress=partial(report, "sampling"),
         )
         report("decoding", 0, 1)
         target = unpatchify(tokens, layout.segments[-1].grid, self._patch)
-        result = Clip(from_model(self.vae.decode(target)), request.fps)
+        result = Clip(from_model(self.vae.decode(target)), chosen.fps)
         report("decoding", 1, 1)
         return result
 
@@ -169,19 +174,18 @@ class Bernini:
         on_plan: Callable[[Planned], None] | None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """The renderer's contexts by name: the text's states, and behind them, with a planner, its own."""
-        negative = NEGATIVE_PROMPT if request.negative_prompt is None else request.negative_prompt
-        planned = self._plan(request, chosen, latent_shape, negative, report)
+        planned = self._plan(request, chosen, latent_shape, report)
         if planned is not None and on_plan is not None:
             on_plan(planned)
         texts = {
             "positive": self.text.states(request.prompt, prefix=TASK_PREFIXES[chosen.task]),
-            "negative": self.text.states(negative),
+            "negative": self.text.states(chosen.negative_prompt),
         }
         if planned is None:
-            return {name: assemble_context(states) for name, states in texts.items()}
+            return {name: self.text.context(states) for name, states in texts.items()}
         made = planned.contexts
         return {
-            name: assemble_context(texts[text], states.to(texts[text].dtype))
+            name: self.text.context(texts[text], states.to(texts[text].dtype))
             for name, text, states in (
                 ("positive", "positive", made.positive),
                 ("negative", "negative", made.negative),
@@ -190,7 +194,7 @@ class Bernini:
         }
 
     def _plan(
-        self, request: Request, chosen: Settings, latent_shape: tuple[int, ...], negative_prompt: str, report: Progress
+        self, request: Request, chosen: Settings, latent_shape: tuple[int, ...], report: Progress
     ) -> Planned | None:
         """The planner's part; ``None`` without one."""
         if self._planner is None or chosen.planning is None:
@@ -199,16 +203,16 @@ class Bernini:
         from .planner.plan_file import load_plan
 
         plan = load_plan(request.plan) if isinstance(request.plan, str | Path) else request.plan
-        patches = math.prod(patch_grid(latent_shape, self._patch))
+        patches, values = math.prod(patch_grid(latent_shape, self._patch)), (latent_shape[0], *self._patch)
         stage = self._planner()
         return stage(
             request.prompt,
             (*request.videos, *request.images),  # type: ignore[arg-type]
-            stage.target(*result_shape(request, chosen), request.fps),
+            stage.target(*result_shape(request, chosen), chosen.fps),
             task=chosen.task,
-            negative_prompt=negative_prompt,
+            negative_prompt=chosen.negative_prompt,
             settings=chosen.planning,
-            draws=ReleasedSeeded(request.seed, patches) if request.plan_parity else Seeded(request.seed),
+            draws=ReleasedSeeded(request.seed, patches, values) if request.plan_parity else Seeded(request.seed),
             plan=plan,
             progress=report,
         )
@@ -236,22 +240,34 @@ class Bernini:
         )
 
 
-def _planner(folder: Path, dtype: torch.dtype, device: str, attention: str) -> Callable[[], PlannerStage]:
+def _geometry(folder: Path, vae_file: Path, vae: Any, renderer: dict[str, Any]) -> Geometry:
+    """From the parts' configs as they were loaded, and the checkpoint's own, which a raw export need not have."""
+    root, mllm = (read_json(path) if path.is_file() else {} for path in (folder / "config.json", folder / MLLM_CONFIG))
+    return Geometry.of(root, dict(vae), renderer, mllm, folder=folder, vae_file=vae_file)
+
+
+def _planner(
+    folder: Path, dtype: torch.dtype, device: str, attention: str, geometry: Geometry
+) -> Callable[[], PlannerStage]:
     """Checks a bundle's planner now; the function that comes back loads it."""
     from transformers import AutoTokenizer
 
     from .planner.loading import MLLM_FOLDER, open_planner
+    from .planner.model import qwen_configs
     from .planner.stage import PlannerStage
     from .planner.vision import VisionRules
 
     source = open_planner(folder)
     tokenizer = _load(folder / MLLM_FOLDER, AutoTokenizer.from_pretrained)
     file = folder / MLLM_FOLDER / "preprocessor_config.json"
-    preprocessor = read_json(file) if file.is_file() else {}
+    try:
+        rules = VisionRules.of(qwen_configs(source.config.mllm)[1], read_json(file) if file.is_file() else {})
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
 
     def load() -> PlannerStage:
         planner = source.load(dtype=dtype, device=device)
-        return PlannerStage(planner, tokenizer, VisionRules.of(planner.vision_config, preprocessor), backend=attention)
+        return PlannerStage(planner, tokenizer, rules, backend=attention, geometry=geometry)
 
     return load
 

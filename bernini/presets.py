@@ -54,8 +54,9 @@ class Preset:
         return {"txt": self.txt, "tgt": self.tgt, "img": self.img, "vid": self.vid}
 
 
-_SQUARE, _WIDE = (512, 512), (480, 848)
+_SQUARE, _WIDE, _TINY = (512, 512), (480, 848), (32, 32)
 _FULL = "vae_txt_vit_wapg"  # the planner's modes; a renderer alone has none of them
+_EQ12 = "eq12"
 
 # fmt: off
 PRESETS: Mapping[str, Mapping[str, Preset]] = {
@@ -72,10 +73,19 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = {
     },
     # paper, table 5 (S2V is r2v): equation 12 throughout
     "paper": {
-        "t2v":   Preset("eq12", 60, txt=4, vid=1.25, img=1.0,  tgt=1.0, switch_factor=1, size=_WIDE),
-        "r2v":   Preset("eq12", 40, txt=4, vid=1.25, img=2.5,  tgt=1.5, switch_factor=1, size=_WIDE),
-        "v2v":   Preset("eq12", 40, txt=4, vid=1.25, img=1.25, tgt=0.5, switch_factor=1),
-        "rv2v":  Preset("eq12", 40, txt=4, vid=1.25, img=3.0,  tgt=1.5, switch_factor=1),
+        "t2v":   Preset(_EQ12, 60, txt=4, vid=1.25, img=1.0,  tgt=1.0, switch_factor=1, size=_WIDE),
+        "r2v":   Preset(_EQ12, 40, txt=4, vid=1.25, img=2.5,  tgt=1.5, switch_factor=1, size=_WIDE),
+        "v2v":   Preset(_EQ12, 40, txt=4, vid=1.25, img=1.25, tgt=0.5, switch_factor=1),
+        "rv2v":  Preset(_EQ12, 40, txt=4, vid=1.25, img=3.0,  tgt=1.5, switch_factor=1),
+    },
+    # the toy that comes with the package: equation 12, without the branches of sources that a task has not
+    "toy": {
+        "t2i":   Preset(_EQ12, 12, txt=3, tgt=1, img=0,   vid=0,    switch_factor=1, size=_TINY, planning=8, decoder=4),
+        "i2i":   Preset(_EQ12, 12, txt=3, tgt=1, img=1.5, vid=0,    switch_factor=1, planning=8, decoder=4),
+        "t2v":   Preset(_EQ12, 12, txt=3, tgt=1, img=0,   vid=0,    switch_factor=1, size=_TINY, planning=8, decoder=4),
+        "v2v":   Preset(_EQ12, 12, txt=3, tgt=1, img=0,   vid=1.25, switch_factor=1, planning=8, decoder=4),
+        "r2v":   Preset(_EQ12, 12, txt=3, tgt=1, img=1.5, vid=0,    switch_factor=1, size=_TINY, planning=8, decoder=4),
+        "rv2v":  Preset(_EQ12, 12, txt=3, tgt=1, img=1.5, vid=1.25, switch_factor=1, planning=8, decoder=4),
     },
     # planner and renderer, first release: its shell scripts
     "v1": {

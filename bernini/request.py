@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .errors import UserError
+from .geometry import RELEASED, Geometry
 from .media import Clip
-from .media_rules import STRIDE, frame_count
+from .media_rules import make_divisible
 from .planner.settings import PlanSettings, check_visuals
 from .presets import (
     ETA,
-    FLOW_SHIFT,
-    FPS,
-    MAX_SIZE,
     MOMENTUM,
-    NUM_FRAMES,
     PRESETS,
     SEED,
     TASKS,
@@ -45,23 +42,24 @@ SOURCE_ORDERS = ("videos-first", "images-first")
 
 @dataclass(frozen=True)
 class Request:
-    """One generation. ``None`` takes the preset's value, or the released default.
+    """One generation. ``None`` takes the preset's value, or the checkpoint's default (:mod:`bernini.geometry`).
 
     Args:
         prompt: what to make, or what to change.
         videos, images: files, or media already read (clips; uint8 ``[H, W, 3]`` images).
         task: a name of ``presets.TASKS``; by default what the inputs mean.
         still: makes an image (one frame) where the task is to be inferred.
-        preset: a name of ``presets.PRESETS``; by default ``bernini-r`` for a renderer alone and ``v2`` with a planner.
+        preset: a name of ``presets.PRESETS``; by default the checkpoint's (released: ``bernini-r`` for a renderer alone
+            and ``v2`` with a planner).
         mode: guidance mode, a name of ``renderer.guidance.PLANS``.
         negative_prompt: what to avoid.
         steps: sampling steps.
         seed: of the noise, which is drawn on the CPU: the same on every device.
-        size: (height, width) of the result in pixels, multiples of 16. The source that is edited is brought to it;
-            by default the result follows that source.
-        num_frames: at most this many, rounded down to 4n + 1.
-        fps: rate at which videos are read and the result is shown.
-        max_size: longest edge of sources, in pixels.
+        size: (height, width) of the result in pixels, multiples of the checkpoint's stride (released: 16). The source
+            that is edited is brought to it; by default the result follows that source.
+        num_frames: at most this many, rounded down to a multiple of the frame stride, and one (4n + 1; released: 81).
+        fps: rate at which videos are read and the result is shown (released: 16).
+        max_size: longest edge of sources, in pixels (released: 848).
         source_order: a name of :data:`SOURCE_ORDERS`: which sources get the lower segment ids.
         scales: guidance scales by name (``vid``, ``img``, ``txt``, ``tgt``), over the preset's.
         switch_factor: factor on the scales from the low-noise expert's first step on.
@@ -84,22 +82,22 @@ class Request:
     steps: int | None = None
     seed: int = SEED
     size: tuple[int, int] | None = None
-    num_frames: int = NUM_FRAMES
-    fps: float = FPS
-    max_size: int = MAX_SIZE
+    num_frames: int | None = None
+    fps: float | None = None
+    max_size: int | None = None
     source_order: str = SOURCE_ORDERS[0]
     scales: Mapping[str, float] = field(default_factory=dict)
     switch_factor: float | None = None
     eta: float = ETA
     thresholds: Sequence[float] = THRESHOLDS
     momentum: float = MOMENTUM
-    flow_shift: float = FLOW_SHIFT
+    flow_shift: float | None = None
     solver: str = "unipc"
     sigma_schedule: str = "release"
     planning_steps: int | None = None
     decoder_steps: int | None = None
-    vit_txt_cfg: float = VIT_TXT_CFG
-    vit_img_cfg: float = VIT_IMG_CFG
+    vit_txt_cfg: float | None = None
+    vit_img_cfg: float | None = None
     plan_parity: bool = False
     plan: str | Path | SavedPlan | None = None
 
@@ -118,13 +116,19 @@ class Settings:
     preset_name: str
     planning: PlanSettings | None
     """``None`` for a renderer alone."""
+    fps: float
+    max_size: int
+    flow_shift: float
+    negative_prompt: str
+    geometry: Geometry = RELEASED
 
 
-def settle(request: Request, *, planner: bool = False) -> Settings:
+def settle(request: Request, *, planner: bool = False, geometry: Geometry = RELEASED) -> Settings:
     """Makes every choice that needs no model and no file.
 
     Args:
         planner: whether the model has one.
+        geometry: of the model: its strides and defaults.
 
     Raises:
         UserError: an option that cannot work, or inputs that do not fit the task. The message names it.
@@ -132,7 +136,7 @@ def settle(request: Request, *, planner: bool = False) -> Settings:
     videos, images = len(request.videos), len(request.images)
     task = request.task or infer_task(videos, images, still=request.still)
     _known("task", task, TASKS)
-    preset_name = request.preset or ("v2" if planner else "bernini-r")
+    preset_name = request.preset or geometry.default_preset(planner)
     _known("preset", preset_name, PRESETS)
     for what, count, (least, most) in (
         ("video", videos, TASKS[task].videos),
@@ -154,25 +158,32 @@ def settle(request: Request, *, planner: bool = False) -> Settings:
     planning = None
     if planner:
         check_visuals(videos + images + 1)
-        planning = _planning(request, preset)
+        planning = _planning(request, preset, geometry)
     else:
         _refuse_planning(request)
     steps = preset.steps if request.steps is None else request.steps
-    frames = 1 if TASKS[task].still else frame_count(request.num_frames)
+    num_frames, fps, max_size, flow_shift = (
+        asked if asked is not None else usual
+        for asked, usual in (
+            (request.num_frames, geometry.num_frames),
+            (request.fps, geometry.fps),
+            (request.max_size, geometry.max_size),
+            (request.flow_shift, geometry.flow_shift),
+        )
+    )
     _known("solver", request.solver, SOLVERS)
     _known("sigma schedule", request.sigma_schedule, SIGMA_SCHEDULES)
     _known("order of the sources", request.source_order, SOURCE_ORDERS)
     for name, number in (
         ("the number of steps", steps),
-        ("the number of frames", request.num_frames),
-        ("the frame rate", request.fps),
-        ("the flow shift", request.flow_shift),
-        ("the largest size", request.max_size),
+        ("the number of frames", num_frames),
+        ("the frame rate", fps),
+        ("the flow shift", flow_shift),
+        ("the largest size", max_size),
     ):
         if not 0 < number < math.inf:
             raise UserError(f"{name} must be positive, got {number}")
-    if request.size is not None and any(side < STRIDE or side % STRIDE for side in request.size):
-        raise UserError(f"size {'x'.join(map(str, request.size))}: both sides must be positive multiples of {STRIDE}")
+    _check_size(request, geometry.pixel_stride)
     unknown = set(request.scales) - set(preset.scales)
     if unknown:
         raise UserError(f"unknown guidance scale {min(unknown)!r}; there are {', '.join(preset.scales)}")
@@ -189,21 +200,35 @@ def settle(request: Request, *, planner: bool = False) -> Settings:
     guidance = Guidance(
         {**preset.scales, **request.scales}, factor, request.eta, tuple(request.thresholds), request.momentum
     )
-    return Settings(task, plan, mode, preset, steps, guidance, frames, preset_name, planning)
+    frames = 1 if TASKS[task].still else geometry.frame_count(int(num_frames))
+    negative = geometry.negative_prompt if request.negative_prompt is None else request.negative_prompt
+    return Settings(
+        task, plan, mode, preset, steps, guidance, frames, preset_name, planning, fps, int(max_size), flow_shift,
+        negative, geometry,
+    )  # fmt: skip
 
 
-def _planning(request: Request, preset: Preset) -> PlanSettings:
+def _check_size(request: Request, stride: int) -> None:
+    if request.size is not None and any(side < stride or side % stride for side in request.size):
+        (height, width), (near, wide) = request.size, (make_divisible(side, stride) for side in request.size)
+        why = f"both sides must be positive multiples of {stride}; the nearest is {near}x{wide}"
+        raise UserError(f"size {height}x{width}: {why}")
+
+
+def _planning(request: Request, preset: Preset, geometry: Geometry) -> PlanSettings:
     steps = preset.planning if request.planning_steps is None else request.planning_steps
     decoder = preset.decoder if request.decoder_steps is None else request.decoder_steps
     for what, number in (("planning steps", steps), ("decoder steps", decoder)):
         if number < 1:
             raise UserError(f"the number of {what} must be positive, got {number}")
-    for what, weight in (("vit-txt-cfg", request.vit_txt_cfg), ("vit-img-cfg", request.vit_img_cfg)):
+    visual = geometry.vit_txt_cfg if request.vit_txt_cfg is None else request.vit_txt_cfg
+    text = geometry.vit_img_cfg if request.vit_img_cfg is None else request.vit_img_cfg
+    for what, weight in (("vit-txt-cfg", visual), ("vit-img-cfg", text)):
         if not math.isfinite(weight):
             raise UserError(f"{what} must be a finite number, got {weight}")
     if request.plan_parity and not 0 <= request.seed < 2**32:
         raise UserError(f"plan parity needs a seed below 2^32, as the released generators do; got {request.seed}")
-    return PlanSettings(steps, decoder, request.vit_txt_cfg, request.vit_img_cfg, request.plan_parity)
+    return PlanSettings(steps, decoder, visual, text, request.plan_parity)
 
 
 def _refuse_planning(request: Request) -> None:

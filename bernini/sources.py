@@ -12,6 +12,7 @@ from .presets import TASKS
 from .request import Request, Settings
 
 DEFAULT_SIZE = (480, 848)
+"""Of checkpoints and presets that state none."""
 
 
 def read_sources(
@@ -34,13 +35,14 @@ def read_sources(
         if not isinstance(video, Clip):
             size = exact if number == 0 else None
             videos[number] = read_video(
-                video, fps=request.fps, num_frames=settings.frames, max_size=request.max_size, size=size
-            )
+                video, fps=settings.fps, num_frames=settings.frames, max_size=settings.max_size, size=size,
+                geometry=settings.geometry,
+            )  # fmt: skip
     for number, image in enumerate(images):
         report("reading", len(videos) + number, total)
         if not isinstance(image, Tensor):
             size = exact if edited_image and number == 0 else None
-            images[number] = read_image(image, max_size=request.max_size, size=size)
+            images[number] = read_image(image, max_size=settings.max_size, size=size, geometry=settings.geometry)
     return replace(request, videos=videos, images=images)
 
 
@@ -58,4 +60,4 @@ def result_shape(request: Request, settings: Settings) -> tuple[int, int, int]:
         picture = request.images[0]
         assert isinstance(picture, Tensor), "sources are read first"
         return 1, picture.shape[0], picture.shape[1]
-    return (settings.frames, *(request.size or settings.preset.size or DEFAULT_SIZE))
+    return (settings.frames, *(request.size or settings.geometry.size or settings.preset.size or DEFAULT_SIZE))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ RENDERER = RendererConfig(
     num_attention_heads=2, attention_head_dim=32, num_layers=2, ffn_dim=128, text_dim=TEXT_DIM, freq_dim=64
 )
 VAE: dict[str, Any] = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
+TEXT: dict[str, Any] = {"d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "num_train_timesteps": 1000,
@@ -45,28 +46,37 @@ ROOT = {
 }
 
 
-def byte_tokenizer(specials: Sequence[str] = ("<pad>", "</s>", "<unk>"), *, ends: bool = True) -> Any:
+def byte_tokenizer(
+    specials: Sequence[str] = ("<pad>", "</s>", "<unk>"), *, ends: bool = True, words: Sequence[str] = (),
+    length: int = 512,
+) -> Any:  # fmt: skip
     """A tokenizer of single bytes: any text, no training, no file to fetch.
 
     Args:
         specials: special tokens (UMT5's by default); the first pads, the second ends a text, the third is unknown.
         ends: whether encoding a text puts the second behind it.
+        words: texts whose words become tokens of their own, the first of each with and without a space before it.
+            What is not among them remains bytes.
+        length: of the longest text, in tokens; only stated, nothing is cut here.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     pad, end, unknown = specials[:3]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: number for number, token in enumerate([*specials, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = sorted(split.alphabet())
+    whole = {piece for text in words for spoken in (text, f" {text}") for piece, _ in split.pre_tokenize_str(spoken)}
+    vocab = {token: number for number, token in enumerate([*specials, *letters, *sorted(whole - {*letters})])}
+    # Whole words are looked up before any merge, so none is needed.
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=unknown, ignore_merges=bool(words)))
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     if ends:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, 1)]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown, model_max_length=512,
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown, model_max_length=length,
         additional_special_tokens=list(specials[3:]),
     )  # fmt: skip
 
@@ -86,18 +96,26 @@ def write_toy(folder: str | Path, *, seed: int = 0) -> Path:
     return Path(folder)
 
 
-def write_common_parts(work: Path, prefix: str) -> None:
-    """VAE, text encoder, tokenizer and scheduler; the text parts' folders begin with ``prefix``."""
+def write_common_parts(
+    work: Path, prefix: str, *, dim: int = TEXT_DIM, vae: Mapping[str, Any] = VAE, text: Mapping[str, Any] = TEXT,
+    tokenizer: Any = None,
+) -> None:  # fmt: skip
+    """VAE, text encoder, tokenizer and scheduler; the text parts' folders begin with ``prefix``.
+
+    Args:
+        dim: width of the text encoder.
+        vae, text: arguments of ``AutoencoderKLWan`` and of ``UMT5Config``.
+        tokenizer: the text encoder's; by default one of bytes.
+    """
     from diffusers import AutoencoderKLWan
     from transformers import UMT5Config, UMT5EncoderModel
 
-    tokenizer = byte_tokenizer()
-    text = UMT5Config(
-        vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
-        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-    )  # fmt: skip
-    AutoencoderKLWan(**VAE).save_pretrained(work / "vae")
-    UMT5EncoderModel(text).save_pretrained(work / f"{prefix}text_encoder")
+    tokenizer = tokenizer or byte_tokenizer()
+    config = UMT5Config(
+        vocab_size=len(tokenizer), d_model=dim, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **text
+    )
+    AutoencoderKLWan(**vae).save_pretrained(work / "vae")
+    UMT5EncoderModel(config).save_pretrained(work / f"{prefix}text_encoder")
     tokenizer.save_pretrained(work / f"{prefix}tokenizer")
     (work / "scheduler").mkdir()
     write_json(work / "scheduler" / "scheduler_config.json", SCHEDULER)

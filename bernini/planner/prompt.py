@@ -138,6 +138,25 @@ class Template:
             writer.turn("assistant", "", [target], kind="target")
         return Conversation(torch.tensor(writer.ids), SegmentLayout(writer.segments), tuple(writer.visuals), self.ticks)
 
+    def answered(
+        self, prompt: str, sources: Sequence[Visual], answer: str, *, system: str, end: int | None = None
+    ) -> tuple[Conversation, Tensor]:
+        """A conversation that ends with an answer in words, and bool ``[T]``: which tokens are the answer.
+
+        Args:
+            end: token that the answer ends with, if any; it belongs to it.
+        """
+        asked = self(prompt, sources, None, system=system)
+        writer = _Writer(self)
+        writer.ids, writer.segments, writer.visuals = asked.ids.tolist(), list(asked.layout.segments), [*asked.visuals]
+        writer.turn("assistant", "")
+        said = [*self.encode(answer.strip()), *([] if end is None else [end])]
+        writer.say(said)
+        talk = Conversation(torch.tensor(writer.ids), SegmentLayout(writer.segments), tuple(writer.visuals), self.ticks)
+        learned = torch.zeros(len(talk.ids), dtype=torch.bool)
+        learned[len(talk.ids) - len(said) :] = True
+        return talk, learned
+
     def variant(
         self, variant: Variant, prompt: str, sources: Sequence[Visual], target: Visual, *, task: str,
         negative_prompt: str = "",
@@ -172,16 +191,17 @@ class _Writer:
     ) -> None:
         marks, encode = self._template.marks, self._template.encode
         # Header and content are tokenised apart, so that no merge crosses the border.
-        self._text([marks.turn, *encode(f"{role}\n")])
+        self.say([marks.turn, *encode(f"{role}\n")])
         for visual in visuals:
-            self._text([marks.vision_start])
+            self.say([marks.vision_start])
             self.ids += [marks.image if visual.kind == "image" else marks.video] * visual.tokens
             self.segments.append(Segment(kind, visual.grid))
             self.visuals.append(visual)
-            self._text([marks.vision_end])
-        self._text(encode(text))
+            self.say([marks.vision_end])
+        self.say(encode(text))
 
-    def _text(self, ids: Sequence[int]) -> None:
+    def say(self, ids: Sequence[int]) -> None:
+        """Text."""
         if not ids:
             return
         self.ids += ids

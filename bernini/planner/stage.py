@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bernini.errors import UserError
 
+from ..geometry import RELEASED, Geometry
 from ..media import Clip
-from ..media_rules import frame_indices
 from .decode import Contexts, Draws, Prefix, contexts, generate
 from .model import Planner, released_frequencies
 from .plan_file import Plan, fingerprint
@@ -43,20 +43,24 @@ class PlannerStage:
 
     Args:
         backend: attention backend of the steps, a name of ``bernini.kernels.attention``'s table or ``"auto"``.
+        geometry: of the checkpoint; says which frames the vision tower sees.
     """
 
-    def __init__(self, planner: Planner, tokenizer: Any, rules: VisionRules, *, backend: str = "auto") -> None:
-        self.planner, self.rules, self.backend = planner, rules, backend
+    def __init__(
+        self, planner: Planner, tokenizer: Any, rules: VisionRules, *, backend: str = "auto",
+        geometry: Geometry = RELEASED,
+    ) -> None:  # fmt: skip
+        self.planner, self.rules, self.backend, self.geometry = planner, rules, backend, geometry
         self.template = Template(tokenizer, planner.ticks)
 
     def target(self, frames: int, height: int, width: int, fps: float) -> Visual:
-        """The tokens of a result of this shape: of a video, an even number of frames at ``fps // 8`` a second.
+        """The tokens of a result of this shape: of a video, those of the frames that the vision tower would see.
 
         Raises:
             UserError: more tokens than the model has places for.
         """
         kind = "image" if frames == 1 else "video"
-        seen = 1 if frames == 1 else len(frame_indices(frames, fps, fps, frames, "full_vit"))
+        seen = 1 if frames == 1 else len(self.geometry.frame_indices(frames, fps, fps, frames, "full_vit"))
         visual = self.rules.visual(kind, seen, height, width)
         most = self.planner.config.mask_tokens
         if visual.tokens > most:
@@ -92,7 +96,7 @@ class PlannerStage:
         """
         if plan is not None:
             plan.check(target, self.planner)
-        frames = [_frames(source) for source in sources]
+        frames = [_frames(source, self.geometry) for source in sources]
         visuals = [
             self.rules.visual("video" if isinstance(source, Clip) else "image", *pixels.shape[:3])
             for source, pixels in zip(sources, frames, strict=True)
@@ -141,12 +145,13 @@ class PlannerStage:
         return self.planner.see(torch.cat(patches).to(self.planner.device), grids)
 
 
-def _frames(source: Clip | Tensor) -> Tensor:
+def _frames(source: Clip | Tensor, geometry: Geometry = RELEASED) -> Tensor:
     """``[F, H, W, 3]``: an image as one frame, of a video the frames that the vision tower sees.
 
     They are taken from the frames that were read at the request's rate; the release samples the file once more.
     """
     if not isinstance(source, Clip):
         return source[None]
-    picked = frame_indices(len(source.frames), source.fps, source.fps, len(source.frames), "full_vit")
-    return source.frames[torch.tensor(picked).clamp_max(len(source.frames) - 1)]
+    total = len(source.frames)
+    picked = geometry.frame_indices(total, source.fps, source.fps, total, "full_vit")
+    return source.frames[torch.tensor(picked).clamp_max(total - 1)]

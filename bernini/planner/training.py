@@ -185,8 +185,8 @@ def draw(
             noise.append(torch.randn((copies, count, width), generator=generator))
             levels.append(torch.randint(LEVELS, (copies, count), generator=generator))
     if not masked:
-        none = torch.empty((copies, 0, width))
-        return Draws(torch.empty(0, dtype=torch.bool), none, none[..., 0].long())
+        none = torch.empty((copies, 0))
+        return Draws(torch.empty(0, dtype=torch.bool), none[..., None].expand(-1, -1, width), none.long())
     return Draws(torch.cat(masked), torch.cat(noise, dim=1), torch.cat(levels, dim=1))
 
 
@@ -237,11 +237,13 @@ class Outputs:
         text: ``None`` if no text of the batch is learned.
         flow: ``None`` if no sample has a target.
         contexts: of each sample ``[L, C]``, its projected states in order; ``None`` for samples without a target.
+        given: of each of them bool ``[L]``, on the host: which are of text and sources, and not of the target.
     """
 
     text: NextTokens | None
     flow: Flow | None
     contexts: tuple[Tensor | None, ...]
+    given: tuple[Tensor | None, ...]
 
 
 def forward(planner: Planner, batch: Batch, draws: Draws) -> Outputs:
@@ -255,7 +257,7 @@ def forward(planner: Planner, batch: Batch, draws: Draws) -> Outputs:
     return Outputs(
         _next_tokens(planner, batch, hidden, positions),
         _flow(planner, batch, draws, hidden),
-        _contexts(planner, batch, draws, hidden),
+        *_contexts(planner, batch, draws, hidden),
     )
 
 
@@ -305,17 +307,22 @@ def _next_tokens(planner: Planner, batch: Batch, hidden: Tensor, positions: Tens
     return NextTokens(logits, batch.conversation.ids[at + 1].to(hidden.device), owner[at].to(hidden.device))
 
 
-def _contexts(planner: Planner, batch: Batch, draws: Draws, hidden: Tensor) -> tuple[Tensor | None, ...]:
+def _contexts(
+    planner: Planner, batch: Batch, draws: Draws, hidden: Tensor
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
     layout, tokens = batch.layout, batch.target_tokens
-    in_sight = torch.ones(layout.tokens, dtype=torch.bool)
+    in_sight, given = (torch.ones(layout.tokens, dtype=torch.bool) for _ in range(2))
     in_sight[_masked_places(layout, draws)] = False
+    given[torch.from_numpy(layout.target_index)] = False
     rows = [
         start + in_sight[start:stop].nonzero().flatten()
         for (start, stop), count in zip(pairwise(layout.cu_seqlens), tokens, strict=True)
         if count
     ]
     if not rows:
-        return (None,) * len(tokens)
+        return (None,) * len(tokens), (None,) * len(tokens)
     projected = planner.connector.for_gen(hidden[torch.cat(rows).to(hidden.device)])
-    pieces = iter(projected.split([len(part) for part in rows]))
-    return tuple(next(pieces) if count else None for count in tokens)
+    pieces = iter(zip(projected.split([len(part) for part in rows]), rows, strict=True))
+    pairs = [next(pieces) if count else None for count in tokens]
+    contexts = tuple(None if pair is None else pair[0] for pair in pairs)
+    return contexts, tuple(None if pair is None else given[pair[1]] for pair in pairs)

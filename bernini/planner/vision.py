@@ -39,16 +39,30 @@ class VisionRules:
 
     @classmethod
     def of(cls, vision: Any, preprocessor: Mapping[str, Any]) -> VisionRules:
-        """From the vision tower's config and ``preprocessor_config.json``. The limits of area are the release's own."""
+        """From the vision tower's config and ``preprocessor_config.json``.
+
+        The limits of area are the release's own, and not those of that file, unless it has ``bernini_min_pixels`` and
+        ``bernini_max_pixels``.
+
+        Raises:
+            ValueError: limits that cannot be; the message names the key.
+        """
+        limits = {key: preprocessor[f"bernini_{key}"] for key in ("min_pixels", "max_pixels")
+                  if preprocessor.get(f"bernini_{key}") is not None}  # fmt: skip
+        for key, value in limits.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"bernini_{key} must be a positive whole number, is {value!r}")
+        least, most = (limits.get(key, getattr(cls, key)) for key in ("min_pixels", "max_pixels"))
+        if least > most:
+            raise ValueError(f"bernini_min_pixels is {least}, more than the {most} of bernini_max_pixels")
         return cls(
             int(getattr(vision, "patch_size", cls.patch)),
             int(getattr(vision, "spatial_merge_size", cls.merge)),
             int(getattr(vision, "temporal_patch_size", cls.temporal)),
             mean=tuple(preprocessor.get("image_mean", MEAN)),
             std=tuple(preprocessor.get("image_std", STD)),
-            **{key: preprocessor[f"bernini_{key}"] for key in ("min_pixels", "max_pixels")
-               if f"bernini_{key}" in preprocessor},
-        )  # fmt: skip
+            **limits,
+        )
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) that frames are resized to.

@@ -1,4 +1,5 @@
-"""Prompts -> text states, as the checkpoints were trained: cleaned, prefixed, UMT5, zero-padded to 512.
+"""Prompts -> text states, as the checkpoints were trained: cleaned, prefixed, UMT5, zero-padded to 512 tokens (or as
+many as the checkpoint says).
 
 The zero pads are part of the input: cross-attention sees all 512 positions (after the text projection the pads are
 not zero). Source: facts of the released model, section C.1.
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_TEXT_TOKENS = 512
+from ..geometry import TEXT_TOKENS as MAX_TEXT_TOKENS
 
 
 def clean_prompt(text: str) -> str:
@@ -24,13 +25,13 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
-def assemble_context(*parts_LC: Tensor) -> Tensor:
-    """``[max(512, sum of L), C]``: the parts one after the other, then zeros up to 512. Nothing is ever cut off.
+def assemble_context(*parts_LC: Tensor, tokens: int = MAX_TEXT_TOKENS) -> Tensor:
+    """``[max(tokens, sum of L), C]``: the parts one after the other, then zeros up to ``tokens``. Nothing is cut off.
 
     A renderer alone has one part, the text's states without pads; with a planner its projected states follow.
     """
     states = torch.cat(parts_LC)
-    return F.pad(states, (0, 0, 0, max(0, MAX_TEXT_TOKENS - len(states))))
+    return F.pad(states, (0, 0, 0, max(0, tokens - len(states))))
 
 
 class TextEncoder:
@@ -39,24 +40,29 @@ class TextEncoder:
     Args:
         tokenizer: from ``transformers``, with a pad token.
         model: ``UMT5EncoderModel``.
+        tokens: of a context at least, and of a text at most.
     """
 
-    def __init__(self, tokenizer: Any, model: Any) -> None:
-        self.tokenizer, self.model = tokenizer, model
+    def __init__(self, tokenizer: Any, model: Any, tokens: int = MAX_TEXT_TOKENS) -> None:
+        self.tokenizer, self.model, self.tokens = tokenizer, model, tokens
 
     def __call__(self, prompt: str, *, prefix: str = "") -> Tensor:
-        """``[512, text_dim]``: :meth:`states`, and zeros behind them."""
-        return assemble_context(self.states(prompt, prefix=prefix))
+        """``[tokens, text_dim]``: :meth:`states`, and zeros behind them."""
+        return self.context(self.states(prompt, prefix=prefix))
+
+    def context(self, *parts_LC: Tensor) -> Tensor:
+        """:func:`assemble_context` at this checkpoint's length."""
+        return assemble_context(*parts_LC, tokens=self.tokens)
 
     @torch.no_grad()
     def states(self, prompt: str, *, prefix: str = "") -> Tensor:
         """``[L, text_dim]``: states of ``prefix`` + cleaned ``prompt`` (no separator).
 
-        Text beyond 512 tokens is cut off.
+        Text beyond ``tokens`` is cut off.
         """
         encoded = self.tokenizer(
             prefix + clean_prompt(prompt),
-            max_length=MAX_TEXT_TOKENS,
+            max_length=self.tokens,
             truncation=True,
             padding="max_length",
             return_attention_mask=True,

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..geometry import vae_strides
+
 
 class VideoAutoencoder:
     """Wraps an ``AutoencoderKLWan``; its strides are read from the config."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.temporal_stride = int(getattr(model.config, "scale_factor_temporal", 4))
-        self.spatial_stride = int(getattr(model.config, "scale_factor_spatial", 8))
+        self.spatial_stride, self.temporal_stride = vae_strides(dict(model.config))
         self.channels = int(model.config.z_dim)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +36,7 @@ class VideoAutoencoder:
 
     @torch.no_grad()
     def encode(self, pixels_3FHW: Tensor) -> Tensor:
-        """``[3, F, H, W]`` in [-1, 1] -> ``[C, T, H/8, W/8]``."""
+        """``[3, F, H, W]`` in [-1, 1] -> ``[C, T, h, w]`` (:meth:`latent_shape`)."""
         pixels = pixels_3FHW.to(self.model.device, self.model.dtype)
         latent = self.model.encode(pixels[None]).latent_dist.mode()[0]
         mean, std = self._statistics(latent)
@@ -43,7 +44,7 @@ class VideoAutoencoder:
 
     @torch.no_grad()
     def decode(self, latent_CTHW: Tensor) -> Tensor:
-        """``[C, T, H/8, W/8]`` -> ``[3, F, H, W]`` in [-1, 1]."""
+        """``[C, T, h, w]`` -> ``[3, F, H, W]`` in [-1, 1]."""
         latent = latent_CTHW.to(self.model.device, self.model.dtype)
         mean, std = self._statistics(latent)
         return self.model.decode((latent * std + mean)[None]).sample[0].clamp(-1, 1)
