@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, cli_generate
+from . import __version__, cli_data, cli_eval, cli_generate, cli_train
 from .cli_options import Parser, add_generate, count, parse, seed
 from .cli_screen import own_warnings, progress_bar, quiet_libraries
 from .errors import UserError
@@ -44,14 +44,19 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     init = commands.add_parser("init", help="write a small checkpoint with random weights")
     init.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
-    init.add_argument("--size", choices=["toy", "toy-full"], default="toy",
-                      help="toy: a renderer; toy-full: a bundle with a planner (default: toy)")  # fmt: skip
+    init.add_argument("--size", choices=["toy", "toy-full", "toy-start"], default="toy",
+                      help="toy: a renderer; toy-full: a bundle with a planner; toy-start: what the shipped toy was "
+                      "trained from (default: toy)")  # fmt: skip
     init.add_argument("--seed", type=seed, default=0, help="seed of the weights (default: 0)")
     init.set_defaults(run=_init)
 
     inspect = commands.add_parser("inspect", help="tell what a checkpoint holds and what is wrong with it")
     inspect.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint folder")
     inspect.set_defaults(run=_inspect)
+
+    cli_data.add(commands)
+    cli_train.add(commands)
+    cli_eval.add(commands)
 
     doctor = commands.add_parser("doctor", help="tell what this machine can run, and why not more")
     doctor.set_defaults(run=_doctor)
@@ -66,9 +71,10 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 def _init(args: argparse.Namespace) -> int:
     from .toy import write_toy
     from .toy_full import write_toy_full
+    from .toy_start import write_toy_start
 
     quiet_libraries()
-    write = {"toy": write_toy, "toy-full": write_toy_full}[args.size]
+    write = {"toy": write_toy, "toy-full": write_toy_full, "toy-start": write_toy_start}[args.size]
     try:
         folder = write(args.folder, seed=args.seed)
     except OSError as error:
