@@ -10,16 +10,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .subset import SHORT
+
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a file.
 
     Most files keep one JSON object under the metadata key ``meta``; others one JSON value under each key. Both come
-    out as one dictionary.
+    out as one dictionary. Rows of zeros that were left out are put back.
     """
     with safe_open(str(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a file is no mapping
         raw = file.metadata() or {}
+    for name, (shape, rows) in json.loads(raw.pop(SHORT, "{}")).items():
+        short, tensors[name] = tensors[name], tensors[name].new_zeros(shape)
+        tensors[name].flatten(0, -2)[rows] = short
     meta = json.loads(raw["meta"]) if "meta" in raw else {key: json.loads(text) for key, text in raw.items()}
     return tensors, meta
 

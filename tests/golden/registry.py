@@ -66,7 +66,7 @@ SETS: dict[str, GoldenSet] = {
     "preprocess": _single("preprocess", Checker("check_preprocess")),
     "sampler": _pair("sampler", Checker("check_sampler")),
     "noise_training": GoldenSet(
-        NotBuilt("the training of the renderer"), {"weights": "renderer_forward_weights", "cases": "noise_training"}
+        Checker("check_noise_training"), {"weights": "renderer_forward_weights", "cases": "noise_training"}
     ),
     "connector_vit_decoder": _single("connector_vit_decoder", Checker("check_connector_vit_decoder")),
     "planner_layouts": _single("planner_layouts", Checker("check_planner_layouts")),

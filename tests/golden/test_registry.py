@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from . import compare, registry
-from .subset import kept
+from .subset import kept, shortened
 
 
 def put(directory: Path, *stems: str) -> Path:
@@ -105,3 +105,17 @@ def test_ulps_are_counted_across_zero() -> None:
 def test_the_last_matching_pattern_decides_what_a_subset_keeps() -> None:
     patterns = ("*", "-out.*", "out.a")
     assert [kept(name, patterns) for name in ("in.x", "out.b", "out.a")] == [True, False, True]
+
+
+def test_zero_rows_are_left_out_and_come_back(tmp_path: Path) -> None:
+    padded = torch.zeros(2, 6, 3)
+    padded[0, 1], padded[1, 2, 0] = torch.randn(3), 1.0
+    whole = {"padded": padded, "full": torch.randn(4, 3), "mask": torch.zeros(9, 9, dtype=torch.uint8)}
+    short, notes = shortened(whole)
+    assert {name: list(tensor.shape) for name, tensor in short.items()} == {
+        "padded": [2, 3], "full": [4, 3], "mask": [9, 9]
+    }  # fmt: skip
+    save_file(short, str(tmp_path / "a.safetensors"), {"meta": '{"k": 1}', **notes})
+    tensors, meta = compare.load(tmp_path / "a.safetensors")
+    assert meta == {"k": 1} and all(torch.equal(tensors[name], whole[name]) for name in whole)
+    assert shortened({"full": whole["full"]})[1] == {}
