@@ -1,0 +1,85 @@
+"""Which examples a micro-batch has: a pure function of the recipe, the step and the micro-batch's number.
+
+Draw after draw, the mixture names a data set and an example in it, until the next example would pass a budget. What
+cannot be used is passed over and counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..data.example import Example, Skip
+from ..data.mixture import Mixture
+from ..errors import UserError
+from .draws import generator
+from .recipe import Recipe
+
+PATIENCE = 1000
+"""Examples in a row that may be unusable before the data are taken for broken."""
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Examples of a micro-batch, and why others were passed over."""
+
+    examples: tuple[Example, ...]
+    skipped: Counter[str]
+
+
+class Feed:
+    """
+    Args:
+        mixture: of the recipe's data.
+        cost: of an example: (tokens of the renderer, tokens of the planner).
+        usable: why an example cannot be used here, or ``None``.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        mixture: Mixture,
+        cost: Callable[[Example], tuple[int, int]],
+        usable: Callable[[Example], str | None] = lambda example: None,
+    ) -> None:
+        self._recipe, self._mixture, self._cost, self._usable = recipe, mixture, cost, usable
+
+    def pick(self, step: int, number: int) -> Picked:
+        """The examples of a micro-batch.
+
+        Raises:
+            UserError: an example alone passes a budget, or nothing usable comes.
+        """
+        batch, skipped = self._recipe.batch, Counter[str]()
+        chosen: list[Example] = []
+        room = [batch.renderer_tokens, batch.planner_tokens]
+        draws = generator(self._recipe.seed, "mixture", step, str(number))
+        missed = 0
+        while len(chosen) < batch.samples:
+            uniforms = torch.rand(3, generator=draws, dtype=torch.float64).tolist()
+            part, index = self._mixture.pick(uniforms, min(1.0, step / self._recipe.steps))
+            example = self._mixture.parts[part].data[index]
+            reason = example.reason if isinstance(example, Skip) else self._usable(example)
+            if reason is not None:
+                skipped[reason] += 1
+                missed += 1
+                if missed >= PATIENCE:
+                    worst = ", ".join(f"{times} times {why}" for why, times in skipped.most_common(3))
+                    raise UserError(f"none of {PATIENCE} examples in a row can be used ({worst}); see the data's check")
+                continue
+            assert isinstance(example, Example)
+            missed, needed = 0, self._cost(example)
+            if any(need > have for need, have in zip(needed, room, strict=True)):
+                if not chosen:
+                    raise UserError(
+                        f"the example {example.key} has {needed[0]} and {needed[1]} tokens, and a micro-batch has room "
+                        f"for {batch.renderer_tokens} and {batch.planner_tokens}; raise batch.renderer_tokens or "
+                        "batch.planner_tokens"
+                    )
+                break
+            room = [have - need for need, have in zip(needed, room, strict=True)]
+            chosen.append(example)
+        return Picked(tuple(chosen), skipped)

@@ -1,0 +1,187 @@
+"""A checkpoint's models, opened for training, and where their tensors came from, so that they can be written back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..checkpoint import ExpertSource, component_folder, open_experts, read_json, resolve
+from ..errors import UserError
+from ..geometry import Geometry
+from ..renderer.model import Renderer
+from ..renderer.text import TextEncoder
+from ..renderer.vae import VideoAutoencoder
+from .export import places
+from .recipe import Recipe, StageName
+
+if TYPE_CHECKING:
+    from ..planner.loading import PlannerSource
+    from ..planner.model import Planner
+    from ..planner.prompt import Template
+    from ..planner.vision import VisionRules
+
+NEEDS: dict[StageName, tuple[str, ...]] = {
+    "vae": ("vae",),
+    "understanding": ("planner",),
+    "planner": ("planner",),
+    "renderer": ("renderer", "text"),
+    "joint": ("planner", "renderer", "text"),
+}
+"""What a stage works with."""
+
+
+@dataclass
+class TrainedRenderer:
+    """One expert. ``boundary``: the timestep from which on the expert for much noise works, 0 to 1000."""
+
+    model: Renderer
+    boundary: float = 875.0
+    source: ExpertSource | None = None
+
+    def places(self) -> dict[tuple[Path, int], Tensor]:
+        assert self.source is not None
+        return places(self.source.tensors, dict(self.model.named_parameters()))
+
+
+@dataclass
+class TrainedPlanner:
+    """A planner with all that next-token logits need, its template and the rules of its vision tower.
+
+    Args:
+        end: the token that an answer ends with.
+    """
+
+    model: Planner
+    template: Template
+    rules: VisionRules
+    end: int | None = None
+    source: PlannerSource | None = None
+
+    def places(self) -> dict[tuple[Path, int], Tensor]:
+        assert self.source is not None
+        return places(self.source.tensors, dict(self.model.named_parameters()))
+
+
+@dataclass
+class TrainedText:
+    """The renderer's text encoder. ``folder``: its name in the checkpoint."""
+
+    encoder: TextEncoder
+    folder: str = "text_encoder"
+
+    def write(self, folder: Path) -> None:
+        self.encoder.model.save_pretrained(str(folder))
+
+
+@dataclass
+class Models:
+    """Those that a stage needs; the others are ``None``.
+
+    Args:
+        start: folder of the checkpoint that the run starts from.
+        latents_mean, latents_std: of the autoencoder, per channel.
+    """
+
+    start: Path
+    geometry: Geometry
+    renderer: TrainedRenderer | None = None
+    planner: TrainedPlanner | None = None
+    text: TrainedText | None = None
+    vae: Any = None
+    latents_mean: Sequence[float] = ()
+    latents_std: Sequence[float] = ()
+
+    def places(self) -> dict[tuple[Path, int], Tensor]:
+        """Where every tensor that may have changed belongs."""
+        found: dict[tuple[Path, int], Tensor] = {}
+        for part in (self.renderer, self.planner):
+            found |= {} if part is None else part.places()
+        return found
+
+
+def open_models(recipe: Recipe, device: str = "cpu") -> Models:
+    """What the recipe's stage needs of its model, in float32.
+
+    Raises:
+        UserError: the checkpoint is missing or broken, or has not the expert that is named.
+    """
+    start, needs = resolve(recipe.model), NEEDS[recipe.stage]
+    geometry = Geometry.read(start)
+    config = vae_config(start)
+    models = Models(
+        start, geometry, latents_mean=config.get("latents_mean", ()), latents_std=config.get("latents_std", ())
+    )
+    if "vae" in needs:
+        models.vae = open_vae(start).model.to(device).requires_grad_(True).train()
+    if "renderer" in needs:
+        models.renderer = _open_renderer(start, recipe.expert, device)
+    if "planner" in needs:
+        models.planner = open_trained_planner(start, device)
+    if "text" in needs:
+        models.text = _open_text(start, geometry, device)
+    return models
+
+
+def _open_renderer(folder: Path, expert: str, device: str) -> TrainedRenderer:
+    files = open_experts(folder)
+    if (expert == "only") == files.has_low:
+        has = "two experts: expert must be 'high' or 'low'" if files.has_low else "one expert: expert must be 'only'"
+        raise UserError(f"{folder} has {has}, and the recipe says {expert!r}")
+    source = files.experts["low" if expert == "low" else "high"]
+    return TrainedRenderer(source.load(device=device).requires_grad_(True), files.boundary, source)
+
+
+def open_trained_planner(folder: Path, device: str = "cpu") -> TrainedPlanner:
+    """
+    Raises:
+        CheckpointError: the checkpoint has no planner, or a broken one.
+    """
+    from transformers import AutoTokenizer
+
+    from ..planner.loading import MLLM_FOLDER, open_planner
+    from ..planner.prompt import Template
+    from ..planner.vision import VisionRules
+
+    source = open_planner(folder)
+    model = source.load(understanding=True, device=device).requires_grad_(True)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder / MLLM_FOLDER), local_files_only=True)
+    file = folder / MLLM_FOLDER / "preprocessor_config.json"
+    rules = VisionRules.of(model.vision_config, read_json(file) if file.is_file() else {})
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return TrainedPlanner(model, Template(tokenizer, model.ticks), rules, end, source)
+
+
+def _open_text(folder: Path, geometry: Geometry, device: str) -> TrainedText:
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    place = component_folder(folder, "text_encoder")
+    model = UMT5EncoderModel.from_pretrained(str(place), local_files_only=True, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(component_folder(folder, "tokenizer")), local_files_only=True)
+    model = model.requires_grad_(False).to(device).eval()
+    return TrainedText(TextEncoder(tokenizer, model, geometry.text_tokens), place.name)
+
+
+def open_vae(folder: Path) -> VideoAutoencoder:
+    """The autoencoder as generation uses it."""
+    from diffusers import AutoencoderKLWan
+
+    place = component_folder(folder, "vae")
+    model = AutoencoderKLWan.from_pretrained(str(place), local_files_only=True, torch_dtype=torch.float32)
+    return VideoAutoencoder(model.eval())
+
+
+def vae_config(folder: Path) -> dict[str, Any]:
+    return read_json(component_folder(folder, "vae") / "config.json")
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Keeps only the inputs of blocks for backward, which computes the rest again (activation checkpointing)."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

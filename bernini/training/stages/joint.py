@@ -1,0 +1,103 @@
+"""Stage III: planner and renderer together, with all three losses of equation 3 (paper section 4.1).
+
+The renderer reads its text's states and behind them the planner's: of text, sources, and those target embeddings that
+were not masked. Autoencoder and vision tower stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ...data.example import Example
+from ...data.mixture import Mixture
+from ...planner.training import forward
+from ...renderer.model import KEEP_IN_FP32
+from ..draws import uniform
+from ..export import write_model
+from ..feed import Feed
+from ..models import Models, recompute
+from ..recipe import Recipe
+from ..stage import Micro
+from ..texts import full_prompt, text_states
+from .planner import Content, PlannerDraws, planner_losses
+from .renderer import Item, LatentDraws, dit_losses
+
+
+@dataclass(frozen=True)
+class Both:
+    """Items are of the examples with a target, in order; ``planned``: whether the renderer reads the plan of each."""
+
+    talk: Content
+    items: tuple[Item, ...]
+    planned: tuple[bool, ...]
+
+
+class JointStage:
+    """Losses: ``text``, ``visual`` and ``dit``."""
+
+    def __init__(self, recipe: Recipe, models: Models, mixture: Mixture) -> None:
+        assert models.renderer is not None and models.planner is not None and models.text is not None
+        self._recipe, self._models, self.geometry = recipe, models, models.geometry
+        self.renderer, self.planner, self.text = models.renderer.model, models.planner.model, models.text
+        self.planner.visual.requires_grad_(False)
+        self.parts: Mapping[str, nn.Module] = {"planner": self.planner, "renderer": self.renderer}
+        if recipe.train_text_encoder:
+            self.parts = {**self.parts, "text_encoder": self.text.encoder.model.requires_grad_(True)}
+        if recipe.recompute:
+            recompute(self.planner.text.layers)
+            recompute(self.renderer.blocks)
+        self.weights = {"text": recipe.loss.text, "visual": recipe.loss.visual, "dit": recipe.loss.dit}
+        self.talks, self.latents = PlannerDraws(recipe, models.planner), LatentDraws(recipe, models)
+        self._feed = Feed(recipe, mixture, self._cost, self._usable)
+
+    def keep_wide(self, name: str) -> bool:
+        return any(part in KEEP_IN_FP32 for part in name.split("."))
+
+    def _usable(self, example: Example) -> str | None:
+        reason = self.talks.usable(example)
+        return reason if reason or example.target is None else self.latents.usable(example)
+
+    def _cost(self, example: Example) -> tuple[int, int]:
+        return 0 if example.target is None else self.latents.cost(example)[0], self.talks.cost(example)[1]
+
+    def micro(self, step: int, number: int) -> Micro:
+        picked = self._feed.pick(step, number)
+        talk = self.talks.content(picked.examples, step)
+        made = [example for example in talk.examples if example.target is not None]
+        items = tuple(
+            Item(example, full_prompt(example.task, example.prompt), self.latents.sample(example, step))
+            for example in made
+        )
+        seed, rate = self._recipe.seed, self._recipe.dropout.plan
+        planned = tuple(uniform(seed, example.key, step, "plan") >= rate for example in made)
+        counts = self.talks.counts(talk) | ({"dit": float(len(items))} if items else {})
+        tokens = talk.batch.layout.tokens + sum(self._cost(example)[0] for example in made)
+        keys = tuple(example.key for example in picked.examples)
+        return Micro(Both(talk, items, planned), counts, tokens, keys, picked.skipped)
+
+    def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
+        both: Both = micro.content
+        outputs = forward(self.planner, both.talk.batch, both.talk.draws)
+        found = planner_losses(self.planner, both.talk, outputs)
+        if both.items:
+            states = text_states(self.text.encoder, [item.text for item in both.items])
+            plans = [(p, g) for p, g in zip(outputs.contexts, outputs.given, strict=True) if p is not None]
+            contexts = []
+            for own, (plan, given), planned in zip(states, plans, both.planned, strict=True):
+                read = plan if planned or given is None else plan[given.to(plan.device)]
+                contexts.append(self.text.encoder.context(own, read.to(own.dtype)))
+            found["dit"] = dit_losses(self.renderer, both.items, contexts).sum()
+        return found
+
+    def samples(self, folder: Path, step: int) -> None:
+        from ..pictures import write_samples
+
+        write_samples(self, folder, step)
+
+    def export(self, folder: Path) -> None:
+        components = {self.text.folder: self.text.write} if self._recipe.train_text_encoder else {}
+        write_model(self._models.start, folder, self._models.places(), components)

@@ -1,0 +1,137 @@
+"""Stage II: the renderer, and with a switch its text encoder, by flow matching (paper section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...data.example import Example, Features
+from ...data.mixture import Mixture, drop_conditions
+from ...renderer.latents import patch_grid
+from ...renderer.model import KEEP_IN_FP32, Renderer
+from ..draws import generator
+from ..export import write_model
+from ..feed import Feed
+from ..flow import RendererSample, pack_renderer, renderer_losses, sample_latent
+from ..models import Models, recompute
+from ..noise import timesteps_for
+from ..recipe import Recipe
+from ..stage import Micro
+from ..texts import full_prompt, text_states
+
+
+@dataclass(frozen=True)
+class Item:
+    """An example with everything random drawn; its context comes from the models."""
+
+    example: Example
+    text: str
+    sample: RendererSample
+
+
+class RendererStage:
+    """Loss: ``dit``."""
+
+    def __init__(self, recipe: Recipe, models: Models, mixture: Mixture) -> None:
+        assert models.renderer is not None and models.text is not None
+        self._recipe, self._models, self.geometry = recipe, models, models.geometry
+        self.renderer, self.text = models.renderer.model, models.text
+        self.latents = LatentDraws(recipe, models)
+        self.parts: Mapping[str, nn.Module] = {"renderer": self.renderer}
+        if recipe.train_text_encoder:
+            self.parts = {**self.parts, "text_encoder": self.text.encoder.model.requires_grad_(True)}
+        if recipe.recompute:
+            recompute(self.renderer.blocks)
+        self.weights = {"dit": recipe.loss.dit}
+        self._feed = Feed(recipe, mixture, self.latents.cost, self.latents.usable)
+
+    def keep_wide(self, name: str) -> bool:
+        return any(part in KEEP_IN_FP32 for part in name.split("."))
+
+    def micro(self, step: int, number: int) -> Micro:
+        picked = self._feed.pick(step, number)
+        items = [self.latents.item(example, step) for example in picked.examples]
+        tokens = sum(self.latents.cost(example)[0] for example in picked.examples)
+        return Micro(
+            items, {"dit": float(len(items))}, tokens, tuple(example.key for example in picked.examples), picked.skipped
+        )
+
+    def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
+        items: Sequence[Item] = micro.content
+        states = text_states(self.text.encoder, [item.text for item in items])
+        contexts = [self.text.encoder.context(rows) for rows in states]
+        return {"dit": dit_losses(self.renderer, items, contexts).sum()}
+
+    def samples(self, folder: Path, step: int) -> None:
+        from ..pictures import write_samples
+
+        write_samples(self, folder, step)
+
+    def export(self, folder: Path) -> None:
+        components = {self.text.folder: self.text.write} if self._recipe.train_text_encoder else {}
+        write_model(self._models.start, folder, self._models.places(), components)
+
+
+def dit_losses(renderer: Renderer, items: Sequence[Item], contexts: Sequence[Tensor]) -> Tensor:
+    """``[B]``, each item under its context."""
+    samples = [replace(item.sample, context=context) for item, context in zip(items, contexts, strict=True)]
+    return renderer_losses(renderer, pack_renderer(samples, renderer.config.patch_size).to(renderer.device))
+
+
+class LatentDraws:
+    """The renderer's side of an example: latents drawn from their posteriors, noise and its level."""
+
+    def __init__(self, recipe: Recipe, models: Models) -> None:
+        assert models.renderer is not None
+        self._recipe, self._patch = recipe, models.renderer.model.config.patch_size
+        self._mean, self._std = models.latents_mean, models.latents_std
+        low, high, share = recipe.noise.low, recipe.noise.high, models.renderer.boundary / 1000
+        if recipe.expert == "high":
+            low = max(low, share)
+        elif recipe.expert == "low":
+            high = min(high, share)
+        self._range = (low, high)
+
+    def usable(self, example: Example) -> str | None:
+        if example.target is None:
+            return "no target"
+        if any(picture.vae_mean is None or picture.vae_logvar is None for picture in example.visuals):
+            return "no VAE features"
+        return None
+
+    def cost(self, example: Example) -> tuple[int, int]:
+        """(tokens of sources and target, 0)."""
+        return sum(self._tokens(picture) for picture in example.visuals), 0
+
+    def _tokens(self, picture: Features) -> int:
+        assert picture.vae_mean is not None
+        t, h, w = patch_grid(tuple(picture.vae_mean.shape), self._patch)
+        return t * h * w
+
+    def item(self, example: Example, step: int) -> Item:
+        """Draws everything for an example at a step."""
+        seed, key = self._recipe.seed, example.key
+        drops = torch.rand(3, generator=generator(seed, key, step, "drop"), dtype=torch.float64)
+        rates = self._recipe.dropout
+        example = drop_conditions(example, drops.tolist(), text=rates.text, image=rates.image, video=rates.video)
+        return Item(example, full_prompt(example.task, example.prompt), self.sample(example, step))
+
+    def sample(self, example: Example, step: int) -> RendererSample:
+        seed, key = self._recipe.seed, example.key
+        sources = tuple(self._latent(source, step, key, str(n)) for n, source in enumerate(example.sources))
+        assert example.target is not None
+        target = self._latent(example.target, step, key, "target")
+        levels = timesteps_for(example.task, table=self._recipe.noise.table, low=self._range[0], high=self._range[1])
+        sigma, timestep = levels.draw(generator(seed, key, step, "timestep"))
+        noise = torch.randn(target.shape, generator=generator(seed, key, step, "noise"), dtype=target.dtype)
+        nothing = target.new_empty((1, 0))
+        return RendererSample(sources, target, nothing, float(sigma), float(timestep), noise)
+
+    def _latent(self, picture: Features, step: int, key: str, which: str) -> Tensor:
+        assert picture.vae_mean is not None and picture.vae_logvar is not None
+        draws = generator(self._recipe.seed, key, step, "posterior", which)
+        return sample_latent(picture.vae_mean.float(), picture.vae_logvar.float(), draws, self._mean, self._std)

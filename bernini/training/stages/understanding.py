@@ -1,0 +1,119 @@
+"""Pre-training of a small language model with its vision tower: captions and answers, by next tokens.
+
+The released planner starts from Qwen2.5-VL, which has learned this already; a tiny one has to learn it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...data.example import Features
+from ...data.mixture import Mixture
+from ...planner.training import Batch, draw, forward, pack
+from ...planner.training import Sample as PlannerSample
+from ..conversations import conversation
+from ..export import write_model
+from ..feed import Feed
+from ..losses import next_token_losses
+from ..models import Models
+from ..recipe import Recipe
+from ..stage import Micro
+
+
+@dataclass(frozen=True)
+class Content:
+    batch: Batch
+    patches: Tensor | None
+    grids: tuple[tuple[int, int, int], ...]
+
+
+class UnderstandingStage:
+    """Loss: ``text``. Trains language model and vision tower; the rest of the planner stays as it is."""
+
+    def __init__(self, recipe: Recipe, models: Models, mixture: Mixture) -> None:
+        assert models.planner is not None
+        self._models, self._opened, self.geometry = models, models.planner, models.geometry
+        self.planner, self._template, self._rules = self._opened.model, self._opened.template, self._opened.rules
+        for part in (self.planner.connector, self.planner.vit_decoder):
+            part.requires_grad_(False)
+        self.planner.mask_tokens.requires_grad_(False)
+        self.parts: Mapping[str, nn.Module] = {"planner": self.planner}
+        self.weights = {"text": 1.0}
+        self._feed = Feed(recipe, mixture, cost=lambda example: (0, 0), usable=_usable)
+
+    def keep_wide(self, name: str) -> bool:
+        return False
+
+    def micro(self, step: int, number: int) -> Micro:
+        picked = self._feed.pick(step, number)
+        samples, patches, grids = [], [], []
+        for example in picked.examples:
+            seen = []
+            for source in example.sources:
+                pixels = self._frames(source)
+                rows, grid = self._rules.patches(pixels)
+                merged = (grid[0], grid[1] // self._rules.merge, grid[2] // self._rules.merge)
+                patches.append(rows)
+                grids.append(grid)
+                seen.append(Features(source.kind, vit_grid=merged))
+            talk, learned = conversation(self._template, replace(example, sources=tuple(seen)), end=self._opened.end)
+            count = sum(t * h * w for t, h, w in (f.vit_grid or (0, 0, 0) for f in seen))
+            samples.append(PlannerSample(talk, learned, torch.empty(count, 0) if count else None))
+        batch = pack(samples)
+        content = Content(batch, torch.cat(patches) if patches else None, tuple(grids))
+        keys = tuple(example.key for example in picked.examples)
+        return Micro(content, {"text": float(len(samples))}, batch.layout.tokens, keys, picked.skipped)
+
+    def _frames(self, source: Features) -> Tensor:
+        assert source.pixels is not None
+        if source.kind == "image":
+            return source.pixels
+        fps = self.geometry.fps
+        at = self.geometry.frame_indices(len(source.pixels), fps, fps, len(source.pixels), "full_vit")
+        return source.pixels[torch.tensor(at).clamp_max(len(source.pixels) - 1)]
+
+    def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
+        content: Content = micro.content
+        batch = content.batch
+        if content.patches is not None:
+            seen = self.planner.see(content.patches.to(self.planner.device), content.grids)
+            batch = Batch(batch.conversation, batch.learned, seen, None, batch.mask_ratios)
+        nothing = draw(batch, 0, torch.Generator())
+        outputs = forward(self.planner, batch, nothing)
+        assert outputs.text is not None
+        return {"text": next_token_losses(outputs.text, batch.layout.num_samples).sum()}
+
+    def samples(self, folder: Path, step: int) -> None:
+        """Questions of the first batch, their answers, and what the model answers when it is told the words before."""
+        micro = self.micro(0, 0)
+        content: Content = micro.content
+        batch = content.batch
+        if content.patches is not None:
+            seen = self.planner.see(content.patches.to(self.planner.device), content.grids)
+            batch = Batch(batch.conversation, batch.learned, seen, None, batch.mask_ratios)
+        text = forward(self.planner, batch, draw(batch, 0, torch.Generator())).text
+        assert text is not None
+        guessed, right = text.logits.argmax(1), text.labels
+        decode = self._template.tokenizer.decode
+        lines = [
+            f"{key}\t{decode(right[text.samples == n].tolist())}\t{decode(guessed[text.samples == n].tolist())}\n"
+            for n, key in enumerate(micro.keys)
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{step:08d}.tsv").write_text("example\tanswer\tmodel\n" + "".join(lines), encoding="utf-8")
+
+    def export(self, folder: Path) -> None:
+        write_model(self._models.start, folder, self._models.places())
+
+
+def _usable(example: object) -> str | None:
+    if getattr(example, "answer", None) is None:
+        return "no answer"
+    if any(source.pixels is None for source in getattr(example, "sources", ())):
+        return "no pixels"
+    return None
