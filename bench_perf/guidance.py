@@ -116,12 +116,15 @@ def bernini(case: Guidance) -> Call:
 def eager(case: Guidance) -> Call:
     """The released chain: x0 of every branch, each link projected in float64 as diffusers does, diffusers' solver.
 
+    On tensors as the released code has them, ``[1, channels, frames, height, width]``: its sums over a frame step over
+    the others. They are brought into that layout once, outside of what is timed.
+
     Unlike it, bfloat16 predictions are widened first: rounded products with sigma are not what the others compute.
     """
-    axes = (1, 2, 3)
+    axes = (-1, -2, -4)
 
     def call() -> tuple[Tensor, Tensor]:
-        clean = [case.latent - SIGMA * p.float() for p in case.predictions]
+        clean = [latent - SIGMA * p.float() for p in predictions]
         result = clean[0]
         for new, old, scale in LINKS:
             delta = clean[new] - clean[old]
@@ -133,14 +136,18 @@ def eager(case: Guidance) -> Call:
             orthogonal = v0 - parallel
             update = orthogonal.to(delta.dtype) + ETA * parallel.to(delta.dtype)
             result = result + scale * update
-        v = (case.latent - result) / SIGMA
-        history = [case.m2[None], case.m1[None]]
-        warm = {"_step_index": STEP, "model_outputs": history, "last_sample": case.last[None], "lower_order_nums": 2}
+        v = (latent - result) / SIGMA
+        warm = {"_step_index": STEP, "model_outputs": [m2, m1], "last_sample": last, "lower_order_nums": 2}
         for name, value in warm.items():
             setattr(solver, name, value)
-        state = solver.step(v[None], LEVELS.timesteps[STEP], case.latent[None], return_dict=False)[0]
-        return state[0], solver.model_outputs[-1][0]
+        state = solver.step(v, LEVELS.timesteps[STEP], latent, return_dict=False)[0]
+        return state[0].transpose(0, 1), solver.model_outputs[-1][0].transpose(0, 1)
 
+    def released(x: Tensor) -> Tensor:
+        return x.transpose(0, 1)[None].contiguous()
+
+    predictions = [released(p) for p in case.predictions]
+    latent, m1, m2, last = map(released, (case.latent, case.m1, case.m2, case.last))
     solver = unipc({"this_order": 2, "timestep_list": list(LEVELS.timesteps[STEP - 2 : STEP])})
     return call
 

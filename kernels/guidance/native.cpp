@@ -141,9 +141,89 @@ BERNINI_INLINE void guided_by_buffer(const Job& job, const float* weights, const
     }
 }
 
+// The usual step in one loop: a short chain, then the solver's one or two outputs from at most two of history. Nothing
+// between is stored, and all inputs run through memory side by side, which the processor foresees best.
+struct Shares {
+    float of_delta[kAtOnce], of_base, of_latent;
+    float rows[2][4];  // of the outputs: of the latent, v, history
+};
+
+template <int kOutputs, bool kProjected, typename T>
+BERNINI_INLINE void finish(float* const* outputs, const T* start, const T* base, const T* const* chain,
+                           const float* const* terms, const Shares& shares, int64_t count) {
+    const Shares of = shares;
+    const T* p[kAtOnce];
+    float* out[kOutputs];
+    for (int l = 0; l < kAtOnce; ++l) p[l] = chain[l];
+    for (int j = 0; j < kOutputs; ++j) out[j] = outputs[j];
+    const float *latent = terms[0], *newer = terms[1], *older = terms[2];
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        const float z = latent[i];
+        float before = widen(base[i]), sum = kProjected ? of.of_latent * z + of.of_base * before : 0;
+        for (int l = 0; l < kAtOnce; ++l) {
+            const float fresh = widen(p[l][i]);
+            sum += of.of_delta[l] * (fresh - before);
+            before = fresh;
+        }
+        const float v = widen(start[i]) + sum;  // the large term last, as in guided()
+        for (int j = 0; j < kOutputs; ++j)
+            out[j][i] = of.rows[j][0] * z + of.rows[j][1] * v + of.rows[j][2] * newer[i] + of.rows[j][3] * older[i];
+    }
+}
+
+bool is_usual(const Job& job) {
+    const Call& call = job.call;
+    bool usual = call.coefficients && !call.buffer && job.at_once == kAtOnce;
+    usual &= 0 < call.link_count && call.link_count <= kAtOnce && call.output_count <= 2 && call.history_count <= 2;
+    for (int64_t t = 0; t <= call.history_count; ++t) usual &= !call.terms[t].is_bf16;
+    return usual;
+}
+
+template <int kOutputs, bool kProjected, typename T>
+BERNINI_INLINE void finish_chunk(const Job& job, int64_t frame, int64_t number, float* scratch) {
+    const Call& call = job.call;
+    const int64_t links = call.link_count, terms = 2 + call.history_count;
+    const int64_t start = frame * call.values, end = start + std::min((number + 1) * job.chunk, call.values);
+    const float* weights = job.weights.data() + frame * (2 * links + 1);
+    Shares shares{};
+    shares.of_latent = weights[2 * links];
+    for (int64_t l = links; l-- > 0;) {  // a prediction is the base and all differences up to it
+        shares.of_base += weights[links + l];
+        shares.of_delta[l] = weights[l] + shares.of_base;
+    }
+    for (int j = 0; j < kOutputs; ++j) std::copy_n(job.coefficients.data() + j * terms, terms, shares.rows[j]);
+    for (int64_t at = start + number * job.chunk; at < end; at += kFinished) {
+        const int64_t count = std::min(kFinished, end - at);
+        const T* chain[kAtOnce];  // one that is too short goes on with differences of share zero
+        for (int64_t l = 0; l < kAtOnce; ++l)
+            chain[l] = call.prediction<T>(call.links[std::min(l, links - 1)].fresh) + at;
+        const float* inputs[3] = {kZeros, kZeros, kZeros};
+        for (int64_t t = 0; t <= call.history_count; ++t)
+            inputs[t] = static_cast<const float*>(call.terms[t].data) + at;
+        float *to[kOutputs], *out[kOutputs];
+        for (int j = 0; j < kOutputs; ++j) {
+            to[j] = static_cast<float*>(call.outputs[j].data) + at;
+            out[j] = job.streams ? scratch + j * kFinished : to[j];
+        }
+        const T* base = call.prediction<T>(call.links[0].base) + at;
+        finish<kOutputs, kProjected>(out, call.prediction<T>(0) + at, base, chain, inputs, shares, count);
+        for (int j = 0; j < kOutputs && job.streams; ++j) stream(to[j], out[j], count * sizeof(float));
+    }
+}
+
+template <int kOutputs, typename T>
+BERNINI_INLINE void finish_chunk(const Job& job, int64_t frame, int64_t number, float* scratch) {
+    job.projects ? finish_chunk<kOutputs, true, T>(job, frame, number, scratch)
+                 : finish_chunk<kOutputs, false, T>(job, frame, number, scratch);
+}
+
 template <typename T>
 BERNINI_INLINE void write_chunk(const Job& job, int64_t frame, int64_t number, float* scratch) {
     const Call& call = job.call;
+    if (job.usual)
+        return call.output_count == 2 ? finish_chunk<2, T>(job, frame, number, scratch)
+                                      : finish_chunk<1, T>(job, frame, number, scratch);
     const int64_t terms = 2 + call.history_count;
     const int64_t start = frame * call.values, end = start + std::min((number + 1) * job.chunk, call.values);
     const float* weights = job.weights.data() + frame * (2 * call.link_count + 1);
@@ -191,7 +271,7 @@ BERNINI_CLONES void write_bf16(const Job& job, int64_t frame, int64_t number, fl
 }
 
 Job prepare(const Call& call) {
-    Job job{call, 0, 1, false, call.apg != kNone && call.eta != 1, false, 1, 0, {}, {}, {}};
+    Job job{call, 0, 1, false, call.apg != kNone && call.eta != 1, false, false, 1, 0, {}, {}, {}};
     const int64_t least = (call.values + kMostChunks - 1) / kMostChunks;
     job.chunk = (least + kMeasured - 1) / kMeasured * kMeasured;
     job.chunks = (call.values + job.chunk - 1) / job.chunk;
@@ -205,6 +285,7 @@ Job prepare(const Call& call) {
     job.at_once = call.buffer ? 1 : kAtOnce;
     for (int64_t l = 1; l < call.link_count; ++l)
         if (call.links[l].base != call.links[l - 1].fresh) job.at_once = 1;
+    job.usual = is_usual(job);
     job.sums.resize(call.frames * job.chunks * call.link_count * 3);
     job.weights.resize(call.frames * (2 * call.link_count + 1));
     const int64_t numbers = call.coefficients ? call.output_count * (2 + call.history_count) : 0;
@@ -236,8 +317,8 @@ BERNINI_API void bernini_guide(const Call* described, int threads) {
         for (int64_t frame = 0; frame < alone; ++frame) {
             for (int64_t number = 0; number < job.chunks; ++number) measure(job, frame, number, scratch);
             weigh(job, frame, 1);
-            for (int64_t number = job.chunks; number-- > 0;)  // what was read last is nearest
-                write(job, frame, number, scratch);
+            // In the same direction again: nearness to what was read last gains less than the processor's foresight.
+            for (int64_t number = 0; number < job.chunks; ++number) write(job, frame, number, scratch);
         }
         if (two_passes && alone < call.frames) {
 #pragma omp for schedule(dynamic)

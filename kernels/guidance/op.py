@@ -145,7 +145,8 @@ def guide(
 
     Reads every prediction twice when APG is on (sums, then result) and once when not. In bytes per element for five
     float32 predictions and an Euler step: 20 for the sums, 20 again (a video's latents stay in a GPU's L2), 4 + 4 for
-    the latent and the result; each history tensor and each further output adds 4. Momentum adds 8 per link.
+    the latent and the result; each history tensor and each further output adds 4. Momentum adds 12 per link: its
+    buffer is read and written, then read again.
 
     Inference only: it has no gradient.
 

@@ -45,6 +45,7 @@ struct Call {
 
 // Values of a block: of all inputs together they fit the first-level cache, beside what is written in the second pass.
 constexpr int64_t kMeasured = 1024, kBlock = 512;
+constexpr int64_t kFinished = 256;   // of the second pass where it is one loop: short bursts past the cache
 constexpr int64_t kCacheLine = 16;   // values; a vector that crosses its border takes twice as long
 constexpr int64_t kMostChunks = 32;  // per frame: what is shared out to the threads
 constexpr int64_t kAtOnce = 4;  // links of a chain, or terms, in registers
@@ -58,6 +59,7 @@ struct Job {
     bool measures;          // whether any sum is needed
     bool projects;          // whether the parallel part changes
     bool streams;
+    bool usual;                  // whether the second pass is one loop
     int64_t at_once;             // links: of a chain, where each begins with the prediction that the last ended with
     int64_t scratch;             // values that a thread needs room for
     std::vector<double> sums;    // [F, chunks, links, 3]
