@@ -22,6 +22,7 @@ REASONS: Mapping[str, str] = {
     "not finite": "a pixel or a feature is no finite number",
     "unreadable features": "bytes that hold no tensor",
     "misshaped features": "features whose shape does not fit their grid, or each other",
+    "wrong stage": "lacks what the stage that is trained reads",
     "unreadable row": "the file is damaged where the row is",
 }
 """Every reason of a :class:`~bernini.data.example.Skip`, and what it means."""

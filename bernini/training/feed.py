@@ -6,7 +6,6 @@ cannot be used is passed over and counted.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ class Picked:
     """Examples of a micro-batch, and why others were passed over."""
 
     examples: tuple[Example, ...]
-    skipped: Counter[str]
+    skipped: tuple[Skip, ...]
 
 
 class Feed:
@@ -53,7 +52,7 @@ class Feed:
         Raises:
             UserError: an example alone passes a budget, or nothing usable comes.
         """
-        batch, skipped = self._recipe.batch, Counter[str]()
+        batch, skipped = self._recipe.batch, list[Skip]()
         chosen: list[Example] = []
         room = [batch.renderer_tokens, batch.planner_tokens]
         draws = generator(self._recipe.seed, "mixture", step, str(number))
@@ -62,15 +61,17 @@ class Feed:
             uniforms = torch.rand(3, generator=draws, dtype=torch.float64).tolist()
             part, index = self._mixture.pick(uniforms, min(1.0, step / self._recipe.steps))
             example = self._mixture.parts[part].data[index]
-            reason = example.reason if isinstance(example, Skip) else self._usable(example)
-            if reason is not None:
-                skipped[reason] += 1
+            if isinstance(example, Example) and (lack := self._usable(example)) is not None:
+                example = Skip(example.key, "wrong stage", lack)
+            if isinstance(example, Skip):
+                skipped.append(example)
                 missed += 1
                 if missed >= PATIENCE:
-                    worst = ", ".join(f"{times} times {why}" for why, times in skipped.most_common(3))
-                    raise UserError(f"none of {PATIENCE} examples in a row can be used ({worst}); see the data's check")
+                    raise UserError(
+                        f"none of {PATIENCE} examples in a row can be used; the last one is {example.key}: "
+                        f"{example.reason} ({example.detail}); 'bernini data check' tells about all"
+                    )
                 continue
-            assert isinstance(example, Example)
             missed, needed = 0, self._cost(example)
             if any(need > have for need, have in zip(needed, room, strict=True)):
                 if not chosen:
@@ -82,4 +83,4 @@ class Feed:
                 break
             room = [have - need for need, have in zip(needed, room, strict=True)]
             chosen.append(example)
-        return Picked(tuple(chosen), skipped)
+        return Picked(tuple(chosen), tuple(skipped))

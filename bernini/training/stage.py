@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..data.example import Skip
+
 
 @dataclass(frozen=True)
 class Micro:
@@ -20,14 +22,14 @@ class Micro:
             these, so that cutting a step into micro-batches changes nothing.
         tokens: that the models compute.
         keys: of its examples.
-        skipped: reasons and how often.
+        skipped: what came up and could not be used.
     """
 
     content: Any
     counts: Mapping[str, float]
     tokens: int
     keys: tuple[str, ...]
-    skipped: Mapping[str, int]
+    skipped: tuple[Skip, ...]
 
 
 class Stage(Protocol):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.skips import SkipLog
 from ..errors import UserError
 from . import checkpoints
 from .optim import factor, optimizers, set_rates
@@ -60,7 +61,7 @@ class Trainer:
         recipe: of the run.
         stage: made for it.
         report: called after every step.
-        note: called with a sentence where something is worth telling (examples skipped, a run that goes on).
+        note: called with a sentence where something is worth telling: a run that goes on, examples that were skipped.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Trainer:
         self.weights = Weights(stage.parts, recipe.precision, ema=recipe.ema, keep_wide=stage.keep_wide)
         self.optimizers = optimizers(recipe.optimizer, self.weights.masters)
         self.step = 0
-        self.skipped: Counter[str] = Counter()
+        self.skipped = SkipLog()
 
     # --- from here to there ---
 
@@ -114,6 +115,8 @@ class Trainer:
                 if late and self.step < self.recipe.steps:
                     return False
         self.export(self.run / MODEL)
+        if self.skipped.total:
+            self._note(f"warning: {self.skipped}")
         return True
 
     def _micros(self, step: int) -> list[Micro]:
@@ -165,9 +168,8 @@ class Trainer:
 
     def _count_skipped(self, batch: list[Micro]) -> None:
         for micro in batch:
-            for reason, times in micro.skipped.items():
-                self.skipped[reason] += times
-                self._note(f"step {self.step}: skipped {times} ({reason}), {self.skipped[reason]} in all")
+            for skip in micro.skipped:
+                self.skipped.add(skip)
 
     # --- files ---
 
@@ -183,7 +185,7 @@ class Trainer:
             raise UserError(self._stopped(f"{broken} is not finite", []))
         for number, optimizer in enumerate(self.optimizers):
             tensors |= checkpoints.optimizer_tensors(optimizer, self.weights.names, f"optimizer.{number}/")
-        facts = {"recipe": self.recipe.to_dict(), "skipped": dict(self.skipped)}
+        facts = {"recipe": self.recipe.to_dict(), "skipped": self.skipped.state()}
         return checkpoints.save(self.run, self.step, tensors, facts, keep=self.recipe.keep)
 
     def resume(self) -> None:
@@ -204,7 +206,8 @@ class Trainer:
         self.weights.restore(tensors)
         for number, optimizer in enumerate(self.optimizers):
             checkpoints.restore_optimizer(optimizer, self.weights.names, f"optimizer.{number}/", tensors)
-        self.step, self.skipped = facts["step"], Counter(facts["skipped"])
+        self.step = facts["step"]
+        self.skipped.restore(facts["skipped"])
         self._note(f"goes on from step {self.step} of {self.recipe.steps} ({folder})")
 
     def export(self, folder: Path) -> None:
