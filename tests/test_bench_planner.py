@@ -158,30 +158,56 @@ def test_every_promise_is_measured(planner: Planner, monkeypatch: pytest.MonkeyP
     """The rows, from calls that are made once and take as long as they say."""
     made: list[tuple[Any, Any]] = []
 
-    def compare(name: str, ours: Any, peer: Any, *, bar: float, **_: Any) -> Any:
+    def rounds(ours: Any, peer: Any, **_: Any) -> Any:
         made.append((ours, peer))
-        return bench.judged(name, 1.0, 3.0, unit="s", bar=bar)
+        return [bench_harness.Timing.of([seconds]) for seconds in (1.0, 3.0)]
 
-    monkeypatch.setattr(bench, "compare", compare)
+    class Quiet(bench_harness.Watch):
+        unfit = None
+
+    monkeypatch.setattr(bench, "Watch", Quiet)
+    monkeypatch.setattr(bench, "rounds", rounds)
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     monkeypatch.setattr(bench, "TARGET", VIDEO)
     rows = bench.plans(planner)
-    assert [(row.name, row.bar) for row in rows] == [
-        ("plan v2v, 25 steps", 2.3), ("plan t2v, 25 steps", 3.5), ("plan r2v, 25 steps", 2.6)
+    assert [(row.name, row.bar, row.ratio) for row in rows] == [
+        ("plan v2v, 25 steps", 2.3, 3.0), ("plan t2v, 25 steps", 3.5, 3.0), ("plan r2v, 25 steps", 2.6, 3.0)
     ]  # fmt: skip
     assert [row.holds for row in rows] == [True, False, True]
     bench.same(made[0][0](), made[0][1]())
+    with monkeypatch.context() as default:
+        default.delenv("MALLOC_MMAP_MAX_")
+        assert [row.name for row in bench.plans(planner)] == ["plan v2v, 25 steps"]
 
     lengths = iter(bench.PREFIXES)
 
-    def interleave(ours: Any, peer: Any) -> Any:
+    def steps(ours: Any, peer: Any, **_: Any) -> Any:
         length = next(lengths)
         assert ours().shape == (1, VIDEO.tokens, DIMS.hidden) and len(peer()) == length + VIDEO.tokens
         return [bench_harness.Timing.of([seconds]) for seconds in (0.1 + length * 1e-6, 0.2 + length * 1e-4)]
 
-    monkeypatch.setattr(bench, "interleave", interleave)
+    monkeypatch.setattr(bench, "rounds", steps)
     monkeypatch.setattr(bench, "HIDDEN", DIMS.hidden)
     row = bench.slope(planner)
     assert math.isclose(row.ours, 1.0) and row.peer is not None and math.isclose(row.peer, 100.0) and row.bar is None
+
+
+def test_plans_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least three rounds where they are judged, then until the budget is spent; one where they are only told."""
+    calls: list[str] = []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: 5.0 * len(calls))
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+
+    def run(budget: float) -> str:
+        calls.clear()
+        timings = bench.rounds(lambda: calls.append("a"), lambda: calls.append("b"), budget=budget)
+        assert [timing.median for timing in timings] == [5.0, 5.0]
+        return "".join(calls)
+
+    assert run(99) == "abbaabbaab"
+    assert run(1) == "abbaab"
+    monkeypatch.delenv("MALLOC_MMAP_MAX_")
+    assert run(99) == "ab"
 
 
 def test_the_slope_is_that_of_a_line() -> None:
