@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ..planner.prompt import Template
     from ..planner.vision import VisionRules
 
+QUALITY = "reconstruction.json"
+"""Beside an autoencoder's weights: what its training found out about it."""
 NEEDS: dict[StageName, tuple[str, ...]] = {
     "vae": ("vae",),
     "understanding": ("planner",),
@@ -175,6 +177,22 @@ def open_vae(folder: Path) -> VideoAutoencoder:
     place = component_folder(folder, "vae")
     model = AutoencoderKLWan.from_pretrained(str(place), local_files_only=True, torch_dtype=torch.float32)
     return VideoAutoencoder(model.eval())
+
+
+def check_quality(recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: the recipe asks for a better autoencoder than the one of its model.
+    """
+    start, least = resolve(recipe.model), recipe.least_psnr
+    if least > 0:
+        file = component_folder(start, "vae") / QUALITY
+        found = read_json(file).get("psnr") if file.is_file() else None
+        if not isinstance(found, int | float) or found < least:
+            has = "does not say how well it reconstructs" if found is None else f"reconstructs to {found} dB"
+            raise UserError(
+                f"{start}: its autoencoder {has}, and the recipe asks for {least:g} dB (least_psnr); train it longer"
+            )
 
 
 def vae_config(folder: Path) -> dict[str, Any]:

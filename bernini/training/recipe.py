@@ -137,6 +137,7 @@ class Recipe:
         precision: of the computation; weights are kept and updated in float32.
         recompute: keep only the blocks' inputs and compute the rest again in backward.
         ema: decay of the averaged weights, which are what is exported; 0 for none.
+        least_psnr: of stage II and III: how good the autoencoder must be, in dB, by what its own training noted.
         copies: noisy copies of a masked ViT embedding in the decoder's loss.
         save_every, keep, log_every, samples_every: in steps, and how many checkpoints stay.
     """
@@ -151,6 +152,7 @@ class Recipe:
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     recompute: bool = False
     ema: float = 0.9999
+    least_psnr: float = 0.0
     copies: int = 16
     save_every: int = 1000
     keep: int = 2

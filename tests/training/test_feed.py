@@ -100,3 +100,13 @@ def test_features_of_another_model_are_refused(model: Path, features: Path, tmp_
         make_stage(small.recipe("renderer", other, tmp_path / "run", features))
     with pytest.raises(UserError, match="has no VAE features"):
         make_stage(replace(small.recipe("renderer", model, tmp_path / "run", features), data=(RecipePart("world"),)))
+
+
+def test_the_renderer_waits_for_a_good_autoencoder(model: Path, features: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not say how well .* asks for 30 dB"):
+        make_stage(small.recipe("renderer", model, tmp_path / "run", features, least_psnr=30.0))
+    vae = Trainer(small.recipe("vae", model, tmp_path / "vae", features, steps=1), make_stage(
+        small.recipe("vae", model, tmp_path / "vae", features, steps=1)))  # fmt: skip
+    vae.train()
+    with pytest.raises(UserError, match="reconstructs to .* dB, and the recipe asks for 30 dB"):
+        make_stage(small.recipe("renderer", tmp_path / "vae" / "model", tmp_path / "run", features, least_psnr=30.0))

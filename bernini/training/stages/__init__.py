@@ -20,9 +20,10 @@ def make_stage(recipe: Recipe, device: str = "cpu") -> Stage:
         UserError: one of them is missing or wrong.
     """
     from ..data import open_mixture
-    from ..models import open_models
+    from ..models import check_quality, open_models
 
-    # Data first: what is wrong with them is said before gigabytes are read.
+    # Small things first: what is wrong with them is said before gigabytes are read.
+    check_quality(recipe)
     mixture = open_mixture(recipe)
     return assemble(recipe, open_models(recipe, device), mixture)
 

@@ -60,7 +60,8 @@ class PlannerStage:
 
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
         content: Content = micro.content
-        return planner_losses(self.planner, content, forward(self.planner, content.batch, content.draws))
+        outputs = forward(self.planner, content.batch, content.draws, contexts=False)
+        return planner_losses(self.planner, content, outputs)
 
     def samples(self, folder: Path, step: int) -> None:
         from ..pictures import write_samples

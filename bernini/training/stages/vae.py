@@ -15,16 +15,16 @@ from ...checkpoint import component_folder
 from ...data.example import Example, Features
 from ...data.mixture import Mixture
 from ...media import from_model, to_model
-from ...weights import read_weights
+from ...weights import read_weights, write_json
 from ..draws import generator
 from ..export import write_model
 from ..feed import Feed
-from ..models import Models
+from ..models import QUALITY, Models
 from ..recipe import Recipe
 from ..stage import Micro
 
-MEASURED = 512
-"""Videos from which the latents' mean and deviation are taken at the end."""
+MEASURED = 256
+"""Videos that are looked at in the end."""
 
 
 class VaeStage:
@@ -79,21 +79,28 @@ class VaeStage:
         contact_sheet(rows, folder / f"{step:08d}.png", f"step {step}")
 
     def export(self, folder: Path) -> None:
-        """With the mean and deviation of its latents per channel, which the renderer's latents are normalised by."""
-        found: list[Tensor] = []
-        step = 0
-        while sum(len(x) for x in found) < MEASURED and step < MEASURED:
+        """With the mean and deviation of its latents per channel, which the renderer's latents are normalised by, and
+        with the PSNR of its reconstructions. Both are of examples that come after those of the training."""
+        model, latents, errors = self.model, list[Tensor](), list[float]()
+        step = self._recipe.steps
+        while len(errors) < MEASURED:
             for pixels in self.micro(step, 0).content.values():
-                latent = self.model.encode(pixels[None].to(self.model.device, self.model.dtype)).latent_dist.mode()
-                found.append(latent.transpose(0, 1).flatten(1).T.double().unsqueeze(0))
+                clean = pixels[None].to(model.device, model.dtype)
+                latent = model.encode(clean).latent_dist.mode()
+                errors.append(float((model.decode(latent).sample.clamp(-1, 1) - clean).square().mean()) / 4)
+                latents.append(latent[0].flatten(1).T.double())
             step += 1
-        values = torch.cat([x[0] for x in found])
-        mean, std = values.mean(0), values.std(0)
-        self.model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        values = torch.cat(latents)
+        model.register_to_config(latents_mean=values.mean(0).tolist(), latents_std=values.std(0).tolist())
+        psnr = sum(-10 * math.log10(max(error, 1e-12)) for error in errors) / len(errors)
         place = component_folder(self._models.start, "vae")
-        dtype = next(iter(read_weights(place).values())).torch_dtype
-        stored = copy.deepcopy(self.model).to(dtype)
-        write_model(self._models.start, folder, {}, {place.name: lambda path: stored.save_pretrained(str(path))})
+        stored = copy.deepcopy(model).to(next(iter(read_weights(place).values())).torch_dtype)
+
+        def write(path: Path) -> None:
+            stored.save_pretrained(str(path))
+            write_json(path / QUALITY, {"psnr": round(psnr, 2), "videos": len(errors)})
+
+        write_model(self._models.start, folder, {}, {place.name: write})
 
 
 def _frames(example: Example) -> tuple[int, int]:
