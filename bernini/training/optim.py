@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from .recipe import Optimizer
 
-EMBEDDINGS = ("embed_tokens", "shared", "lm_head", "mask_tokens", "scale_shift_table", "proj_out", "patch_embed")
-"""Parts of names of matrices that Muon leaves to AdamW: tables of rows, and the ways in and out."""
+TABLES = (
+    "embed_tokens", "shared", "lm_head", "mask_tokens", "scale_shift_table", "relative_attention_bias", "proj_out",
+    "patch_embed", "conv_in", "conv_out",
+)  # fmt: skip
+"""Parts of names of what Muon leaves to AdamW though it has rows and columns: tables, and the ways in and out."""
 
 
 def optimizers(settings: Optimizer, masters: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
@@ -25,10 +29,11 @@ def optimizers(settings: Optimizer, masters: Mapping[str, nn.Parameter]) -> list
     """
     matrices, plain, bare = [], [], []
     for name, parameter in masters.items():
-        table = any(part in name for part in EMBEDDINGS)
-        if settings.name == "muon" and parameter.dim() == 2 and not table:
+        table = any(part in name for part in TABLES)
+        thin = parameter.dim() < 2 or min(parameter.shape[0], parameter[0].numel()) < 2
+        if settings.name == "muon" and not table and not thin:
             matrices.append(parameter)
-        elif parameter.dim() > 1 and not table:
+        elif not table and not thin:
             plain.append(parameter)
         else:
             bare.append(parameter)
@@ -39,20 +44,43 @@ def optimizers(settings: Optimizer, masters: Mapping[str, nn.Parameter]) -> list
     ]
     found: list[torch.optim.Optimizer] = []
     if matrices:
-        if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"optimizer.name = 'muon' needs torch 2.9 or newer; this is {torch.__version__}")
-        # Its steps are scaled to be as large as AdamW's, so one learning rate serves both (arXiv 2502.16982).
-        found.append(
-            torch.optim.Muon(
-                matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        found.append(_muon(matrices, settings))
     if groups:
         found.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps))
     for optimizer in found:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return found
+
+
+def _muon(matrices: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+    """torch's Muon, which takes matrices alone, for convolutions as well: a filter is a row.
+
+    Its steps are scaled to be as large as AdamW's, so one learning rate serves both (arXiv 2502.16982).
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"optimizer.name = 'muon' needs torch 2.9 or newer; this is {torch.__version__}")
+
+    class Muon(torch.optim.Muon):
+        def __init__(self, parameters: Iterable[nn.Parameter], **options: Any) -> None:
+            # A view shares its parameter's memory: a step on the one is a step on the other.
+            self.views = {p if p.dim() == 2 else nn.Parameter(p.detach().view(len(p), -1)): p for p in parameters}
+            super().__init__(list(self.views), **options)
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for view, parameter in self.views.items():
+                view.grad = None if parameter.grad is None else parameter.grad.view(view.shape)
+            return super().step(closure)
+
+    return Muon(matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+def names_in(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[Tensor, str]:
+    """What an optimizer's own parameters are called, views of other parameters among them."""
+    views: Mapping[Tensor, Tensor] = getattr(optimizer, "views", {})
+    own = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {parameter: names[views.get(parameter, parameter)] for parameter in own}
 
 
 def factor(settings: Optimizer, step: int, steps: int) -> float:

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..data.skips import SkipLog
 from ..errors import UserError
 from . import checkpoints
-from .optim import factor, optimizers, set_rates
+from .optim import factor, names_in, optimizers, set_rates
 from .recipe import Recipe
 from .stage import Micro, Stage
 from .weights import Weights
@@ -137,14 +137,14 @@ class Trainer:
             total: Tensor | None = None
             for name, loss in self.stage.losses(micro, self.step).items():
                 mean = loss / counts[name]
-                means[name] += float(mean.detach())
+                means[name] += self._value(mean)
                 weighted = self.stage.weights[name] * mean
                 total = weighted if total is None else total + weighted
             if total is not None:
                 self._finite(means, batch)
                 total.backward()
                 self.weights.collect()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.weights.masters.values(), self.recipe.optimizer.clip))
+        norm = self._value(torch.nn.utils.clip_grad_norm_(self.weights.masters.values(), self.recipe.optimizer.clip))
         if not math.isfinite(norm):
             raise UserError(self._stopped("the gradient is not finite", batch))
         set_rates(self.optimizers, factor(self.recipe.optimizer, self.step, self.recipe.steps))
@@ -153,6 +153,10 @@ class Trainer:
         self.weights.publish()
         self.weights.average(self.step)
         return {"loss": sum(self.stage.weights[name] * mean for name, mean in means.items()), **means}, norm
+
+    def _value(self, tensor: Tensor) -> float:
+        """Waits for the device; a rehearsal, whose tensors have no values, does not ask."""
+        return float(tensor.detach())
 
     def _finite(self, means: Mapping[str, float], batch: list[Micro]) -> None:
         broken = [name for name, mean in means.items() if not math.isfinite(mean)]
@@ -184,7 +188,9 @@ class Trainer:
         if broken is not None:
             raise UserError(self._stopped(f"{broken} is not finite", []))
         for number, optimizer in enumerate(self.optimizers):
-            tensors |= checkpoints.optimizer_tensors(optimizer, self.weights.names, f"optimizer.{number}/")
+            tensors |= checkpoints.optimizer_tensors(
+                optimizer, names_in(optimizer, self.weights.names), f"optimizer.{number}/"
+            )
         facts = {"recipe": self.recipe.to_dict(), "skipped": self.skipped.state()}
         return checkpoints.save(self.run, self.step, tensors, facts, keep=self.recipe.keep)
 
@@ -205,7 +211,8 @@ class Trainer:
             )
         self.weights.restore(tensors)
         for number, optimizer in enumerate(self.optimizers):
-            checkpoints.restore_optimizer(optimizer, self.weights.names, f"optimizer.{number}/", tensors)
+            names = names_in(optimizer, self.weights.names)
+            checkpoints.restore_optimizer(optimizer, names, f"optimizer.{number}/", tensors)
         self.step = facts["step"]
         self.skipped.restore(facts["skipped"])
         self._note(f"goes on from step {self.step} of {self.recipe.steps} ({folder})")

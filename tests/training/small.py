@@ -50,5 +50,5 @@ def recipe(stage: str, model: Path, output: Path, features: Path, **changes: obj
     }  # fmt: skip
     made = Recipe(stage=stage, model=str(model), output=str(output), **{**values, **changes})  # type: ignore[arg-type]
     small = 2 if stage == "vae" else 4
-    optimizer = replace(made.optimizer, lr=1e-3, warmup=2)
+    optimizer = replace(made.optimizer, name="muon" if stage in ("vae", "renderer") else "adamw", lr=1e-3, warmup=2)
     return replace(made, batch=replace(made.batch, samples=small, accumulate=2), optimizer=optimizer)
