@@ -8,6 +8,7 @@ BENCHMARKS: dict[str, str] = {
     "load": "bench_perf.load",
     "renderer": "bench_perf.renderer",
     "planner": "bench_perf.planner",
+    "packing": "bench_perf.packing",
     "guided_step": "bench_perf.guided_step",
     "guidance": "bench_perf.guidance",
     "rms_norm": "bench_perf.rms_norm",

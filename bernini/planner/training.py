@@ -246,18 +246,22 @@ class Outputs:
     given: tuple[Tensor | None, ...]
 
 
-def forward(planner: Planner, batch: Batch, draws: Draws) -> Outputs:
+def forward(planner: Planner, batch: Batch, draws: Draws, *, contexts: bool = True) -> Outputs:
     """One pass of the language model over the packed batch, and the connector's heads.
 
     Text and sources never see a target, so text that is learned is predicted from a text or source token before it in
     its sample; the first token of a sample and what directly follows a target have no such token and no loss.
+
+    Args:
+        contexts: whether the renderer will read the states; without, no sample has a context.
     """
     positions = batch.conversation.positions.to(planner.device)
     hidden = planner(_embeds(planner, batch, draws), positions, batch.layout)
+    nothing = (None,) * batch.layout.num_samples
     return Outputs(
         _next_tokens(planner, batch, hidden, positions),
         _flow(planner, batch, draws, hidden),
-        *_contexts(planner, batch, draws, hidden),
+        *(_contexts(planner, batch, draws, hidden) if contexts else (nothing, nothing)),
     )
 
 

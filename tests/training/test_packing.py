@@ -1,4 +1,4 @@
-"""Packing changes nothing: the losses and gradients of many samples in one micro-batch are those of one after the other."""
+"""Packing changes nothing: many samples in one micro-batch have the losses and gradients of one after the other."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ class Opened:
         return means, found
 
 
-def assert_same(got: tuple[dict[str, float], Gradients], want: tuple[dict[str, float], Gradients], bound: float) -> None:
+def assert_same(
+    got: tuple[dict[str, float], Gradients], want: tuple[dict[str, float], Gradients], bound: float
+) -> None:
     assert got[0].keys() == want[0].keys() and got[1].keys() == want[1].keys()
     assert all(value > 0 for value in want[0].values())
     assert got[0] == pytest.approx(want[0], rel=bound)
@@ -127,7 +129,7 @@ def test_the_bounds_would_notice_another_draw(kind: str, model: Path, features: 
     assert changed == [name for name in one if name != "text"]
 
 
-@pytest.mark.parametrize("kind", ("planner", "joint"))
+@pytest.mark.parametrize("kind", ["planner", "joint"])
 def test_a_batch_of_understanding_alone_is_packed_too(kind: str, model: Path, features: Path) -> None:
     opened = Opened(kind, "fp64", model, features)
     talks = [example for example in opened.examples if example.target is None]
