@@ -14,6 +14,7 @@ from .cli_screen import quiet_libraries, say
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from .training.recipe import Recipe
     from .training.trainer import Progress
 
 
@@ -29,6 +30,8 @@ def add(commands: Any) -> None:
     )
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=1e-4 output=runs/a")
     train.add_argument("--minutes", type=positive, metavar="N", help="save and stop after so many minutes")
+    train.add_argument("--rehearse", action="store_true",
+                       help="one step without its memory: does it build, and what does it take")  # fmt: skip
     train.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     train.set_defaults(run=run)
 
@@ -40,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         print("recipes: " + ", ".join(recipes.shipped()))
         return 0
     chosen = recipes.load(args.recipe, args.overrides)
+    if args.rehearse:
+        return _rehearse(chosen)
     _check_tensorboard()
     quiet_libraries()
     from .training.stages import make_stage
@@ -59,6 +64,16 @@ def run(args: argparse.Namespace) -> int:
         print(Path(chosen.output) / MODEL)
     else:
         say(f"stopped after step {trainer.step} of {chosen.steps}; the same command goes on from there")
+    return 0
+
+
+def _rehearse(chosen: Recipe) -> int:
+    quiet_libraries()
+    from .training.rehearsal import rehearse
+
+    done = rehearse(chosen)
+    print(done.describe())
+    say(f"rehearsed in {done.seconds:.0f} s; nothing was read, trained or written")
     return 0
 
 

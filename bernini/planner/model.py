@@ -130,10 +130,10 @@ class Planner(nn.Module):
         here = layout.on(self.device)
         own = here.index(*layout.numbers("source"))
         if sources is not None and len(own):
-            embeds = embeds.index_copy(0, own, sources.to(embeds.dtype))
+            embeds = embeds.index_copy(0, own, sources.to(embeds))
         if len(here.target_index):
             rows = self.mask_embedding.expand(len(here.target_index), -1) if targets is None else targets
-            embeds = embeds.index_copy(0, here.target_index, rows.to(embeds.dtype))
+            embeds = embeds.index_copy(0, here.target_index, rows.to(embeds))
         return embeds
 
     def hidden(self, embeds_TN: Tensor, positions_3T: Tensor, attend: Attend, at: Tensor | None = None) -> Tensor:

@@ -88,7 +88,7 @@ class JointStage:
             plans = [(p, g) for p, g in zip(outputs.contexts, outputs.given, strict=True) if p is not None]
             contexts = []
             for own, (plan, given), planned in zip(states, plans, both.planned, strict=True):
-                read = plan if planned or given is None else plan[given.to(plan.device)]
+                read = plan if planned or given is None else plan[given.nonzero().flatten().to(plan.device)]
                 contexts.append(self.text.encoder.context(own, read.to(own.dtype)))
             found["dit"] = dit_losses(self.renderer, both.items, contexts).sum()
         return found
