@@ -145,7 +145,7 @@ def _job(case: Case, args: argparse.Namespace, about: tuple[bool, Geometry], *, 
     ``folder``: ``--output``, if given, is a folder, in which the file is named after the case's own output or the case.
     """
     from .frames_folder import check_frames_folder
-    from .media import check_output, is_picture
+    from .media_write import check_output, is_picture
     from .presets import TASKS
     from .request import settle
 
@@ -256,7 +256,7 @@ def _generate(model: Bernini, where: Place, job: Job) -> None:
 
 def _write_plan(job: Job, planned: Planned) -> None:
     """Written before anything is rendered: rendering is what takes long."""
-    from .media import save_picture
+    from .media_write import save_picture
     from .planner.plan_file import save_plan
     from .planner.plan_image import plan_image
 
@@ -268,7 +268,7 @@ def _write_plan(job: Job, planned: Planned) -> None:
 
 def _writers(job: Job, clip: Clip) -> Sequence[tuple[Path, Callable[[], None]]]:
     from .frames_folder import write_frames
-    from .media import write_media
+    from .media_write import write_media
 
     writers: list[tuple[Path, Callable[[], None]]] = []
     if job.output is not None:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .media import PathLike, check_frames, save_picture
+from .media import PathLike, check_frames
+from .media_write import save_picture
 
 _GAP, _CELL, _COLUMNS = 12, 224, 6  # pixels between cells, pixels of a cell's long edge, frames of a row
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .contact_sheet import Panel, task_sheet
 from .errors import UserError
-from .media import Clip, write_image, write_media, write_video
+from .media import Clip
+from .media_write import write_image, write_media, write_video
 from .pipeline import Bernini, Progress
 from .request import Request
 from .toy import write_toy

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .media import MediaError, PathLike, check_frames, write_image
+from .media import MediaError, PathLike, check_frames
+from .media_write import write_image
 
 
 def write_frames(folder: PathLike, frames_FHW3: Tensor) -> None:

@@ -13,7 +13,8 @@ import torch
 from bernini import Bernini, cli, demo
 from bernini.cases import Case, read_case, read_cases, to_request
 from bernini.errors import UserError
-from bernini.media import read_video, write_image, write_video
+from bernini.media import read_video
+from bernini.media_write import write_image, write_video
 from bernini.request import Request
 from bernini.toy import write_toy
 

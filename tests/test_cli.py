@@ -25,7 +25,8 @@ from torch import Tensor
 
 from bernini import Bernini, cli, cli_options, cli_screen, demo
 from bernini.cases import to_request
-from bernini.media import read_image, read_video, write_video
+from bernini.media import read_image, read_video
+from bernini.media_write import write_video
 from bernini.request import Request
 from bernini.toy import write_toy
 

@@ -19,7 +19,8 @@ from bernini.errors import UserError
 from bernini.geometry import RELEASED, Geometry, peek, vae_strides
 from bernini.inspect import inspect, render
 from bernini.layouts import read_layout
-from bernini.media import Clip, read_image, read_video, write_image, write_video
+from bernini.media import Clip, read_image, read_video
+from bernini.media_write import write_image, write_video
 from bernini.planner.stage import Planned
 from bernini.planner.vision import VisionRules
 from bernini.presets import PRESETS, TASK_PREFIXES, TASKS

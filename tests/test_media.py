@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bernini import frames_folder, media
+from bernini import frames_folder, media, media_write
 from bernini.contact_sheet import Panel, contact_sheet, task_sheet
 from bernini.frames_folder import check_frames_folder, write_frames
 from bernini.media import MediaError, frame_indices
@@ -85,20 +85,20 @@ def test_resize_is_antialiased_and_stays_in_range() -> None:
 
 @pytest.mark.parametrize(("fps", "expected"), [(16, list(range(17))), (24, [0, 1, 1, 2, 3, 3, 4]), (8, [0, 2, 4, 6])])
 def test_reads_at_another_rate(tmp_path: Path, fps: int, expected: list[int]) -> None:
-    media.write_video(tmp_path / "clip.mp4", ramp(17), 16, crf=0)
+    media_write.write_video(tmp_path / "clip.mp4", ramp(17), 16, crf=0)
     clip = media.read_video(tmp_path / "clip.mp4", fps=fps, num_frames=81)
     assert clip.fps == fps and numbers(clip.frames)[: len(expected)] == expected
     assert numbers(clip.frames) == frame_indices(17, 16.0, fps, 81)
 
 
 def test_repeats_the_last_frame_where_the_rule_points_past_the_end(tmp_path: Path) -> None:
-    media.write_video(tmp_path / "clip.mp4", ramp(16), 16, crf=0)
+    media_write.write_video(tmp_path / "clip.mp4", ramp(16), 16, crf=0)
     assert numbers(media.read_video(tmp_path / "clip.mp4").frames) == [*range(16), 15]
     assert numbers(media.read_video(tmp_path / "clip.mp4", num_frames=8).frames) == list(range(9))  # 8 asks for 9
 
 
 def test_reads_every_rule(tmp_path: Path) -> None:
-    media.write_video(tmp_path / "clip.mp4", ramp(33), 16, crf=0)
+    media_write.write_video(tmp_path / "clip.mp4", ramp(33), 16, crf=0)
     for rule in ("renderer", "full", "full_vit"):
         clip = media.read_video(tmp_path / "clip.mp4", rule=rule)
         assert numbers(clip.frames) == frame_indices(33, 16.0, 16, 81, rule)
@@ -129,7 +129,7 @@ def test_counts_frames_where_the_container_does_not_say(tmp_path: Path, suffix: 
 
 
 def test_one_frame(tmp_path: Path) -> None:
-    media.write_video(tmp_path / "one.mp4", ramp(1), 16)
+    media_write.write_video(tmp_path / "one.mp4", ramp(1), 16)
     clip = media.read_video(tmp_path / "one.mp4")
     assert clip.frames.shape == (1, 48, 64, 3)
 
@@ -146,7 +146,7 @@ def test_frames_turned_by_metadata_come_out_upright(tmp_path: Path) -> None:
     """A phone's portrait video: stored lying, with a display matrix that turns it a quarter clockwise."""
     picture = torch.zeros(1, 48, 64, 3, dtype=torch.uint8)
     picture[:, :, :16] = 255  # the left edge, which that turn brings to the top
-    media.write_video(tmp_path / "lying.mp4", picture.expand(5, -1, -1, -1), 16)
+    media_write.write_video(tmp_path / "lying.mp4", picture.expand(5, -1, -1, -1), 16)
     data = bytearray((tmp_path / "lying.mp4").read_bytes())
     matrix = data.index(b"tkhd") + 4 + 40
     assert struct.unpack(">9i", data[matrix : matrix + 36])[0] == 1 << 16
@@ -160,7 +160,7 @@ def test_frames_turned_by_metadata_come_out_upright(tmp_path: Path) -> None:
 def test_colours_survive(tmp_path: Path) -> None:
     colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [128, 128, 128], [255, 255, 255]])
     frames = colours.to(torch.uint8)[:, None, None, :].expand(-1, 16, 16, 3)
-    media.write_video(tmp_path / "colours.mkv", frames, 16)
+    media_write.write_video(tmp_path / "colours.mkv", frames, 16)
     back = media.read_video(tmp_path / "colours.mkv", num_frames=5).frames
     assert (back.int() - frames[:5].int()).abs().max() <= 4
 
@@ -202,7 +202,7 @@ def test_sound_alone_is_refused(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*can be decoded")
 def test_cut_off_files(tmp_path: Path) -> None:
     noise = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (33, 48, 64, 3), dtype=np.uint8))
-    media.write_video(tmp_path / "whole.mp4", noise, 16)
+    media_write.write_video(tmp_path / "whole.mp4", noise, 16)
     data = (tmp_path / "whole.mp4").read_bytes()
     body = data.index(b"mdat") + 4
     cut = tmp_path / "cut.mp4"
@@ -225,7 +225,7 @@ def test_frames_that_cannot_be_decoded_are_left_out_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A decoder that stops early, as some do in a damaged file: the rest is spread over the wanted frames."""
-    media.write_video(tmp_path / "clip.mp4", ramp(33), 16, crf=0)
+    media_write.write_video(tmp_path / "clip.mp4", ramp(33), 16, crf=0)
     whole = media._scan
     monkeypatch.setattr(media, "_scan", lambda path: Timeline(32.0, [n / 32 for n in range(whole(path).total * 2)]))
     with pytest.warns(RuntimeWarning, match="only 33 of 66 frames"):
@@ -294,7 +294,7 @@ def test_damaged_images_are_refused(tmp_path: Path) -> None:
 
 def test_videos_are_h264_at_their_rate(tmp_path: Path) -> None:
     for name, fps in {"a.mp4": 16, "b.mkv": 24, "c.mov": 29.97}.items():
-        media.write_video(tmp_path / name, ramp(9), fps)
+        media_write.write_video(tmp_path / name, ramp(9), fps)
         with av.open(str(tmp_path / name)) as container:
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
@@ -316,7 +316,7 @@ def test_the_same_frames_give_the_same_file(tmp_path: Path, suffix: str) -> None
     try:
         for level in (0, 1, 85, 170):
             perturb(-6, level)  # M_PERTURB
-            media.write_video(tmp_path / f"out{suffix}", frames, 16)
+            media_write.write_video(tmp_path / f"out{suffix}", frames, 16)
             written.add((tmp_path / f"out{suffix}").read_bytes())
     finally:
         perturb(-6, 0)
@@ -325,18 +325,18 @@ def test_the_same_frames_give_the_same_file(tmp_path: Path, suffix: str) -> None
 
 def test_writing_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="even width and height, got 63x48"):
-        media.write_video(tmp_path / "odd.mp4", ramp(2, width=63), 16)
+        media_write.write_video(tmp_path / "odd.mp4", ramp(2, width=63), 16)
     with pytest.raises(MediaError, match=r"unknown suffix '\.txt'"):
-        media.write_video(tmp_path / "clip.txt", ramp(2), 16)
+        media_write.write_video(tmp_path / "clip.txt", ramp(2), 16)
     with pytest.raises(ValueError, match="uint8"):
-        media.write_video(tmp_path / "float.mp4", ramp(2).float(), 16)
+        media_write.write_video(tmp_path / "float.mp4", ramp(2).float(), 16)
     with pytest.raises(ValueError, match="fps must be positive"):
-        media.write_video(tmp_path / "still.mp4", ramp(2), 0)
+        media_write.write_video(tmp_path / "still.mp4", ramp(2), 0)
     with pytest.raises(MediaError, match=f"the directory {tmp_path}/nowhere does not exist"):
-        media.write_video(tmp_path / "nowhere" / "clip.mp4", ramp(2), 16)
+        media_write.write_video(tmp_path / "nowhere" / "clip.mp4", ramp(2), 16)
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(MediaError, match="is a directory"):
-        media.write_image(tmp_path / "folder.png", ramp(1)[0])
+        media_write.write_image(tmp_path / "folder.png", ramp(1)[0])
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder.png"]
 
 
@@ -346,7 +346,7 @@ def test_a_directory_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "open", refuse)  # a read-only directory does not stop root, who may run the tests
     with pytest.raises(MediaError, match=r"clip\.mp4: cannot be written \(Permission denied\)"):
-        media.write_video(tmp_path / "clip.mp4", ramp(2), 16)
+        media_write.write_video(tmp_path / "clip.mp4", ramp(2), 16)
     assert not list(tmp_path.iterdir())
 
 
@@ -355,7 +355,7 @@ def test_an_interrupted_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     path = tmp_path / "clip.mp4"
-    media.write_video(path, ramp(3), 16)
+    media_write.write_video(path, ramp(3), 16)
     before = path.read_bytes()
     seen: list[str] = []
 
@@ -367,20 +367,20 @@ def test_an_interrupted_write_leaves_the_old_file(
 
     monkeypatch.setattr(av, "VideoFrame", Frames)
     with pytest.raises(error):
-        media.write_video(path, ramp(9), 16)
+        media_write.write_video(path, ramp(9), 16)
     assert len(seen) == 2, "the new file grows beside the old one"
     assert [entry.name for entry in tmp_path.iterdir()] == ["clip.mp4"] and path.read_bytes() == before
 
 
 def test_new_files_have_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
-    media.write_image(tmp_path / "image.png", ramp(1)[0])
+    media_write.write_image(tmp_path / "image.png", ramp(1)[0])
     assert (tmp_path / "image.png").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_images_come_back(tmp_path: Path) -> None:
     image = torch.from_numpy(np.random.default_rng(1).integers(0, 255, (32, 48, 3), dtype=np.uint8))
-    media.write_image(tmp_path / "image.png", image)
+    media_write.write_image(tmp_path / "image.png", image)
     assert torch.equal(media.read_image(tmp_path / "image.png"), image)
 
 
@@ -407,7 +407,7 @@ def test_contact_sheet_shows_every_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("fps", "count"), [(16, 9), (29.97, 30), (100, 5), (16, 1)])
 def test_animations_keep_frames_and_rate(tmp_path: Path, fps: float, count: int) -> None:
-    media.write_video(tmp_path / "a.gif", ramp(count).clone(), fps)
+    media_write.write_video(tmp_path / "a.gif", ramp(count).clone(), fps)
     with av.open(str(tmp_path / "a.gif")) as container:
         stamps = [frame.pts for frame in container.decode(video=0)]
     assert stamps == [int(100 * number / min(fps, 50) + 0.5) for number in range(count)], "hundredths of a second"
@@ -421,7 +421,7 @@ def test_animations_have_a_palette_of_their_own(tmp_path: Path) -> None:
     ring = torch.linspace(0, 1, 64)
     colours = torch.stack([150 + 40 * ring, 60 + 25 * ring, 100 + 30 * ring], -1).to(torch.uint8)
     frames = colours.expand(6, 49, 64, 3).contiguous()
-    media.write_video(tmp_path / "a.gif", frames, 10)
+    media_write.write_video(tmp_path / "a.gif", frames, 10)
     got = media.read_video(tmp_path / "a.gif", fps=10, size=(64, 49)).frames[:5]
     assert (got.float() - frames[:5].float()).abs().mean() < 3, "an odd size, and good colours"
     assert all(torch.equal(got[0], frame) for frame in got)
@@ -429,14 +429,14 @@ def test_animations_have_a_palette_of_their_own(tmp_path: Path) -> None:
 
 def test_any_result(tmp_path: Path) -> None:
     for name in ("a.mp4", "a.gif", "a.png", "a.webp", "a.jpg"):
-        media.check_output(tmp_path / name, 1)
-        media.write_media(tmp_path / name, media.Clip(ramp(1), 16))
+        media_write.check_output(tmp_path / name, 1)
+        media_write.write_media(tmp_path / name, media.Clip(ramp(1), 16))
     assert len(list(tmp_path.iterdir())) == 5
     for name in ("b.png", "b.JPG"):
-        assert media.is_picture(name)
+        assert media_write.is_picture(name)
         for refuse in (
-            lambda path: media.check_output(path, 5),
-            lambda path: media.write_media(path, media.Clip(ramp(5), 16)),
+            lambda path: media_write.check_output(path, 5),
+            lambda path: media_write.write_media(path, media.Clip(ramp(5), 16)),
         ):
             with pytest.raises(
                 MediaError, match=r"5 frames do not fit into a picture; the suffixes of videos are \.mp4"
@@ -448,7 +448,7 @@ def test_any_result(tmp_path: Path) -> None:
         "no/c.gif": "does not exist",
     }.items():
         with pytest.raises(MediaError, match=message):
-            media.check_output(tmp_path / name)
+            media_write.check_output(tmp_path / name)
     assert len(list(tmp_path.iterdir())) == 5, "a check leaves nothing"
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bernini import demo
-from bernini.media import read_video, write_video
+from bernini.media import read_video
+from bernini.media_write import write_video
 from bernini.renderer.text import MAX_TEXT_TOKENS, TextEncoder, clean_prompt
 from bernini.renderer.vae import VideoAutoencoder
 from bernini.toy import byte_tokenizer, write_toy

@@ -21,7 +21,8 @@ from bernini.checkpoint import CheckpointError
 from bernini.errors import UserError
 from bernini.inspect import inspect
 from bernini.layouts import has_planner
-from bernini.media import Clip, write_video
+from bernini.media import Clip
+from bernini.media_write import write_video
 from bernini.planner.plan_file import Plan, load_plan
 from bernini.planner.stage import Planned
 from bernini.presets import PRESETS

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bernini.errors import UserError
-from bernini.media import is_picture
+from bernini.media_write import is_picture
 
 from .example import Example, Skip
 from .messages import read_messages, task_name

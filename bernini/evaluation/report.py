@@ -232,7 +232,7 @@ def grid(shown: Sequence[Shown], path: Path) -> None:
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    from ..media import save_picture
+    from ..media_write import save_picture
 
     if not shown:
         raise ValueError("grid: needs at least one sample")

@@ -20,7 +20,8 @@ from bernini.data.world import TASKS, sample
 from bernini.data.worlds import WorldData, example_of
 from bernini.errors import UserError
 from bernini.geometry import Geometry
-from bernini.media import read_image, read_video, write_image, write_video
+from bernini.media import read_image, read_video
+from bernini.media_write import write_image, write_video
 
 READING = Reading(fps=8, num_frames=9, size=(32, 32))
 
