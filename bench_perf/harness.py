@@ -17,8 +17,9 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 LONG_ENOUGH = 0.010  # seconds: a call at least this long is timed by itself
@@ -189,15 +190,32 @@ def interleave(*sides: Callable[[], Any], budget: float = BUDGET, sample: Sample
     ``sample`` takes a side and a number of repeats and tells the seconds per call: by this process's clock, or a GPU's.
     """
     repeats = [_repeats(side, sample) for side in sides]
+    return take_turns([partial(sample, *pair) for pair in zip(sides, repeats, strict=True)], ROUNDS, budget)
+
+
+def take_turns(sides: Sequence[Callable[[], float]], rounds: tuple[int, int], budget: float) -> list[Timing]:
+    """Rounds in which every side runs once and tells its seconds, beginning with another one each time.
+
+    Args:
+        rounds: at least and at most so many.
+        budget: seconds after which none is begun that need not be.
+    """
     samples: list[list[float]] = [[] for _ in sides]
     start = time.perf_counter()
-    for done in range(ROUNDS[1]):
-        if done >= ROUNDS[0] and time.perf_counter() - start > budget:
+    for done in range(rounds[1]):
+        if done >= rounds[0] and time.perf_counter() - start > budget:
             break
         for turn in range(len(sides)):
             number = (turn + done) % len(sides)
-            samples[number].append(sample(sides[number], repeats[number]))
+            samples[number].append(sides[number]())
     return [Timing.of(values) for values in samples]
+
+
+def once(call: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    before = time.perf_counter()
+    call()
+    return time.perf_counter() - before
 
 
 def compare(

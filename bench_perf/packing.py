@@ -37,7 +37,7 @@ from . import padded, workload
 from .batching import BUDGET, T5_TOKENS, Batches, Lengths, computed, full_lengths, utilisation, work
 from .batching import packed as packed_batches
 from .batching import padded as padded_batches
-from .harness import Row, Timing, Watch, judged
+from .harness import Row, Timing, Watch, judged, once, take_turns
 from .shrunk import DIMS, HIDDEN, RENDERER, SHRINK, Item, Models, items, shrunk
 
 SAMPLES, WINDOW, WINDOWS, BAR = 256, 32, (1, 16, 64, 256), 2.0
@@ -239,17 +239,7 @@ def _counted(window: int, ours: Arranged, peer: Arranged) -> Row:
 
 def rounds(*sides: Callable[[], Any], most: int) -> list[Timing]:
     """As the harness's ``interleave``, for long calls; whoever compared their outputs has warmed them up."""
-    samples: list[list[float]] = [[] for _ in sides]
-    start = time.perf_counter()
-    for done in range(most):
-        if done >= ROUNDS[0] and time.perf_counter() - start > SECONDS:
-            break
-        for turn in range(len(sides)):
-            number = (turn + done) % len(sides)
-            before = time.perf_counter()
-            sides[number]()
-            samples[number].append(time.perf_counter() - before)
-    return [Timing.of(values) for values in samples]
+    return take_turns([partial(once, side) for side in sides], (ROUNDS[0], most), SECONDS)
 
 
 def attention_share(models: Models, contents: Sequence[Content]) -> float:

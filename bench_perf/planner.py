@@ -15,7 +15,6 @@ minutes: three to five rounds that are judged, then one round of the first task 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from bernini.planner.prompt import Conversation, Visual
 from bernini.planner.settings import PlanSettings
 
 from . import planner_flops
-from .harness import Row, Timing, Watch, judged
+from .harness import Row, Timing, Watch, judged, once, take_turns
 
 HIDDEN, LAYERS, HEADS, KEY_HEADS = 512, 8, 8, 2
 DECODER = DecoderConfig(HIDDEN, 512, depth=4)
@@ -206,18 +205,7 @@ def told() -> bool:
 
 def rounds(*sides: Callable[[], Any], budget: float) -> list[Timing]:
     """As the harness's ``interleave``, for long calls: fewer rounds, and no call to warm up, which is the caller's."""
-    least, most = (1, 1) if told() else ROUNDS
-    samples: list[list[float]] = [[] for _ in sides]
-    start = time.perf_counter()
-    for done in range(most):
-        if done >= least and time.perf_counter() - start > budget:
-            break
-        for turn in range(len(sides)):
-            number = (turn + done) % len(sides)
-            before = time.perf_counter()
-            sides[number]()
-            samples[number].append(time.perf_counter() - before)
-    return [Timing.of(values) for values in samples]
+    return take_turns([partial(once, side) for side in sides], (1, 1) if told() else ROUNDS, budget)
 
 
 def plans(planner: Planner) -> list[Row]:

@@ -23,13 +23,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import cases
 from .layouts import BUNDLE_CONFIGS, component_folder, config_folder, read_layout
 from .media_rules import FRAME_STRIDE, STRIDE, VIT_FRAME_STRIDE, VIT_RATE_DIVISOR, frame_count, frame_indices, vit_rate
 from .presets import FLOW_SHIFT, FPS, MAX_SIZE, NEGATIVE_PROMPT, NUM_FRAMES, PRESETS, VIT_IMG_CFG, VIT_TXT_CFG
 from .weights import CheckpointError, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEXT_TOKENS = 512
 MLLM_CONFIG = "mllm/config.json"
@@ -149,6 +152,12 @@ class Geometry:
     def vit_rate(self, fps: float) -> float:
         """Frames per second that the planner's vision tower sees of a video at ``fps``."""
         return vit_rate(fps, self.vit_rate_divisor)
+
+    def seen(self, frames_FHW3: Tensor, fps: float) -> Tensor:
+        """Those of a video's frames that the planner's vision tower sees; past the end, the last one."""
+        total = len(frames_FHW3)
+        picked = self.frame_indices(total, fps, fps, total, "full_vit")
+        return frames_FHW3[[min(index, total - 1) for index in picked]]
 
     def default_preset(self, planner: bool) -> str:
         """Name of the preset of a request that does not say."""

@@ -13,6 +13,7 @@ from torch import nn
 from bernini.errors import UserError
 from bernini.geometry import Geometry
 from bernini.layouts import component_folder, has_planner, resolve
+from bernini.renderer.vae import VideoAutoencoder
 from bernini.weights import CheckpointError, load_tensors, read_json
 
 from .features import PARTS, FeatureEncoder, See, vae_fingerprint, vit_fingerprint
@@ -48,7 +49,7 @@ def load_encoder(
     encoder = FeatureEncoder(frames_for_vit=frames_for_vit, stride=geometry.pixel_stride, device=device, batch=batch)
     found: dict[str, str] = {}
     if "vae" in parts:
-        vae = _vae(folder, device)
+        vae = load_vae(folder, device)
         encoder, found["vae"] = replace(encoder, vae=vae), vae_fingerprint(vae)
     if "vit" in parts:
         visual, see, rules = _vision(folder, device, dtype)
@@ -56,10 +57,13 @@ def load_encoder(
     return encoder, found
 
 
-def _vae(folder: Path, device: str) -> Any:
-    from diffusers import AutoencoderKLWan
+def load_vae(folder: Path, device: str = "cpu") -> VideoAutoencoder:
+    """The autoencoder of a checkpoint, in float32.
 
-    from bernini.renderer.vae import VideoAutoencoder
+    Raises:
+        CheckpointError: it is missing or wrong.
+    """
+    from diffusers import AutoencoderKLWan
 
     place = component_folder(folder, "vae")
     try:

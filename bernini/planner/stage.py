@@ -152,6 +152,4 @@ def _frames(source: Clip | Tensor, geometry: Geometry = RELEASED) -> Tensor:
     """
     if not isinstance(source, Clip):
         return source[None]
-    total = len(source.frames)
-    picked = geometry.frame_indices(total, source.fps, source.fps, total, "full_vit")
-    return source.frames[torch.tensor(picked).clamp_max(total - 1)]
+    return geometry.seen(source.frames, source.fps)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ..checkpoint import resolve
 from ..data.dataset import DataSet
-from ..data.features import check_features, vae_fingerprint, vit_fingerprint
+from ..data.encoder import load_encoder
+from ..data.features import check_features
 from ..data.mixture import Mixture, Part
-from ..data.parquet import ParquetData
-from ..data.worlds import WorldData
+from ..data.opening import open_data
+from ..data.world import TASKS
 from ..errors import UserError
 from . import recipe as recipes
-from .models import open_trained_planner, open_vae
 
 FEATURES: dict[recipes.StageName, tuple[Literal["vae", "vit"], ...]] = {
     "vae": (), "understanding": (), "planner": ("vit",), "renderer": ("vae",), "joint": ("vae", "vit"),
@@ -28,20 +27,20 @@ def open_mixture(recipe: recipes.Recipe) -> Mixture:
     data = [_open(part) for part in recipe.data]
     needs = FEATURES[recipe.stage]
     if needs:
-        model = resolve(recipe.model)
-        vae = vae_fingerprint(open_vae(model)) if "vae" in needs else None
-        vit = None
-        if "vit" in needs:
-            planner = open_trained_planner(model)
-            vit = vit_fingerprint(planner.model.visual, planner.rules)
+        _, prints = load_encoder(recipe.model, parts=needs)
         for part, found in zip(recipe.data, data, strict=True):
             missing = [feature for feature in needs if feature not in found.parts]
             if missing:
                 raise UserError(
                     f"{part.source} has no {missing[0].upper()} features; make them with: bernini data prepare "
-                    f"{part.source} --model {model} --output DIR --parts {','.join(needs)}"
+                    f"{part.source} --model {recipe.model} --output DIR --parts {','.join(needs)}"
                 )
-            check_features(found, vae_fingerprint=vae, vit_fingerprint=vit, trust_unmarked=part.trust_unmarked)
+            check_features(
+                found,
+                vae_fingerprint=prints.get("vae"),
+                vit_fingerprint=prints.get("vit"),
+                trust_unmarked=part.trust_unmarked,
+            )
     return Mixture(
         [
             Part(found, part.weight, part.tasks, part.start, part.end, part.decay)
@@ -51,8 +50,5 @@ def open_mixture(recipe: recipes.Recipe) -> Mixture:
 
 
 def _open(part: recipes.Part) -> DataSet:
-    if part.source == "world":
-        from ..data.world import TASKS
-
-        return WorldData(dict.fromkeys(part.tasks or TASKS, part.count), seed0=part.first)
-    return ParquetData(part.source)
+    tasks = dict.fromkeys(part.tasks or TASKS, 1.0)
+    return open_data(part.source, tasks=tasks, count=part.count * len(tasks), seed=part.first)

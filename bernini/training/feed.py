@@ -12,13 +12,20 @@ from dataclasses import dataclass
 import torch
 
 from ..data.example import Example, Skip
-from ..data.mixture import Mixture
+from ..data.mixture import Mixture, drop_conditions
 from ..errors import UserError
 from .draws import generator
 from .recipe import Recipe
 
 PATIENCE = 1000
 """Examples in a row that may be unusable before the data are taken for broken."""
+
+
+def dropped(recipe: Recipe, example: Example, step: int) -> Example:
+    """The example with conditions left out: the same ones for planner and renderer."""
+    uniforms = torch.rand(3, generator=generator(recipe.seed, example.key, step, "drop"), dtype=torch.float64)
+    rates = recipe.dropout
+    return drop_conditions(example, uniforms.tolist(), text=rates.text, image=rates.image, video=rates.video)
 
 
 @dataclass(frozen=True)

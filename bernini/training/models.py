@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import ExpertSource, component_folder, open_experts, read_json, resolve
+from ..data.encoder import load_vae
 from ..errors import UserError
 from ..geometry import Geometry
 from ..renderer.model import Renderer
 from ..renderer.text import TextEncoder
-from ..renderer.vae import VideoAutoencoder
 from .export import places
 from .recipe import Recipe, StageName
 
@@ -121,7 +121,7 @@ def open_models(recipe: Recipe, device: str = "cpu") -> Models:
         start, geometry, latents_mean=config.get("latents_mean", ()), latents_std=config.get("latents_std", ())
     )
     if "vae" in needs:
-        models.vae = open_vae(start).model.to(device).requires_grad_(True).train()
+        models.vae = load_vae(start, device).model.requires_grad_(True).train()
     if "renderer" in needs:
         models.renderer = _open_renderer(start, recipe.expert, device)
     if "planner" in needs:
@@ -168,15 +168,6 @@ def _open_text(folder: Path, geometry: Geometry, device: str) -> TrainedText:
     tokenizer = AutoTokenizer.from_pretrained(str(component_folder(folder, "tokenizer")), local_files_only=True)
     model = model.requires_grad_(False).to(device).eval()
     return TrainedText(TextEncoder(tokenizer, model, geometry.text_tokens), place.name)
-
-
-def open_vae(folder: Path) -> VideoAutoencoder:
-    """The autoencoder as generation uses it."""
-    from diffusers import AutoencoderKLWan
-
-    place = component_folder(folder, "vae")
-    model = AutoencoderKLWan.from_pretrained(str(place), local_files_only=True, torch_dtype=torch.float32)
-    return VideoAutoencoder(model.eval())
 
 
 def check_quality(recipe: Recipe) -> None:

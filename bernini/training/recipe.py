@@ -28,7 +28,8 @@ class Part:
     """Data of one kind in the mixture.
 
     Args:
-        source: a folder of feature files, or ``"world"``: samples of the synthetic world, drawn as they are needed.
+        source: a folder of feature files, a manifest of raw records, or ``"world"``: samples of the synthetic world,
+            drawn as they are needed.
         weight: share of the samples, in proportion to the other parts that are active.
         tasks: only these; with numbers, their shares inside of the part.
         start, end: the part of the run during which it is used, 0 to 1.

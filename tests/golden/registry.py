@@ -37,24 +37,17 @@ class Checker:
 
 
 @dataclass(frozen=True)
-class NotBuilt:
-    """``part`` of the package is still missing."""
-
-    part: str
-
-
-@dataclass(frozen=True)
 class GoldenSet:
-    checker: Checker | NotBuilt
+    checker: Checker
     files: dict[str, str]
     """File names without the suffix, by role."""
 
 
-def _single(name: str, checker: Checker | NotBuilt) -> GoldenSet:
+def _single(name: str, checker: Checker) -> GoldenSet:
     return GoldenSet(checker, {"cases": name})
 
 
-def _pair(name: str, checker: Checker | NotBuilt, weights: str | None = None) -> GoldenSet:
+def _pair(name: str, checker: Checker, weights: str | None = None) -> GoldenSet:
     return GoldenSet(checker, {"weights": weights or f"{name}_weights", "cases": f"{name}_cases"})
 
 

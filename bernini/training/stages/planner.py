@@ -9,16 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ...data.example import Example
-from ...data.mixture import Mixture, drop_conditions
+from ...data.mixture import Mixture
 from ...planner.training import Batch, Draws, Outputs, draw, forward, pack
 from ..conversations import sample
 from ..draws import generator
 from ..export import write_model
-from ..feed import Feed
+from ..feed import Feed, dropped
 from ..losses import decoder_losses, next_token_losses
 from ..models import Models, TrainedPlanner, recompute
 from ..recipe import Recipe
@@ -98,19 +97,11 @@ class PlannerDraws:
         """(0, tokens of the conversation)."""
         return 0, len(sample(self._opened.template, example, end=self._opened.end).conversation.ids)
 
-    def dropped(self, example: Example, step: int) -> Example:
-        """The example with conditions left out, the same ones for planner and renderer."""
-        if example.target is None:
-            return example
-        drops = torch.rand(3, generator=generator(self._recipe.seed, example.key, step, "drop"), dtype=torch.float64)
-        rates = self._recipe.dropout
-        return drop_conditions(example, drops.tolist(), text=rates.text, image=rates.image, video=rates.video)
-
     def content(self, examples: tuple[Example, ...], step: int) -> Content:
-        dropped = tuple(self.dropped(example, step) for example in examples)
-        batch = pack([sample(self._opened.template, example, end=self._opened.end) for example in dropped])
-        seeds = [generator(self._recipe.seed, example.key, step, "mask") for example in dropped]
-        return Content(dropped, batch, draw(batch, self._width, seeds, copies=self._recipe.copies))
+        shown = tuple(dropped(self._recipe, example, step) for example in examples)
+        batch = pack([sample(self._opened.template, example, end=self._opened.end) for example in shown])
+        seeds = [generator(self._recipe.seed, example.key, step, "mask") for example in shown]
+        return Content(shown, batch, draw(batch, self._width, seeds, copies=self._recipe.copies))
 
     def counts(self, content: Content) -> dict[str, float]:
         answers = sum(example.answer is not None for example in content.examples)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ...data.example import Example, Features
-from ...data.mixture import Mixture, drop_conditions
+from ...data.mixture import Mixture
 from ...renderer.latents import patch_grid
 from ...renderer.model import KEEP_IN_FP32, Renderer
 from ..draws import generator
 from ..export import write_model
-from ..feed import Feed
+from ..feed import Feed, dropped
 from ..flow import RendererSample, pack_renderer, renderer_losses, sample_latent
 from ..models import Models, recompute
-from ..noise import timesteps_for
+from ..noise import expert_range, timesteps_for
 from ..recipe import Recipe
 from ..stage import Micro
 from ..texts import full_prompt, text_states
@@ -89,12 +89,9 @@ class LatentDraws:
         assert models.renderer is not None
         self._recipe, self._patch = recipe, models.renderer.model.config.patch_size
         self._mean, self._std = models.latents_mean, models.latents_std
-        low, high, share = recipe.noise.low, recipe.noise.high, models.renderer.boundary / 1000
-        if recipe.expert == "high":
-            low = max(low, share)
-        elif recipe.expert == "low":
-            high = min(high, share)
-        self._range = (low, high)
+        expert = "both" if recipe.expert == "only" else recipe.expert
+        low, high = expert_range(expert, models.renderer.boundary / 1000)
+        self._range = (max(low, recipe.noise.low), min(high, recipe.noise.high))
 
     def usable(self, example: Example) -> str | None:
         if example.target is None:
@@ -114,10 +111,7 @@ class LatentDraws:
 
     def item(self, example: Example, step: int) -> Item:
         """Draws everything for an example at a step."""
-        seed, key = self._recipe.seed, example.key
-        drops = torch.rand(3, generator=generator(seed, key, step, "drop"), dtype=torch.float64)
-        rates = self._recipe.dropout
-        example = drop_conditions(example, drops.tolist(), text=rates.text, image=rates.image, video=rates.video)
+        example = dropped(self._recipe, example, step)
         return Item(example, full_prompt(example.task, example.prompt), self.sample(example, step))
 
     def sample(self, example: Example, step: int) -> RendererSample:

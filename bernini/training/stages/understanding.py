@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...data.example import Features
+from ...data.example import Example, Features
 from ...data.mixture import Mixture
-from ...planner.training import Batch, draw, forward, pack
+from ...planner.training import Batch, NextTokens, draw, forward, pack
 from ...planner.training import Sample as PlannerSample
 from ..conversations import conversation
 from ..export import write_model
@@ -55,8 +55,10 @@ class UnderstandingStage:
         for example in picked.examples:
             seen = []
             for source in example.sources:
-                pixels = self._frames(source)
-                rows, grid = self._rules.patches(pixels)
+                assert source.pixels is not None
+                moving = source.kind == "video"
+                frames = self.geometry.seen(source.pixels, self.geometry.fps) if moving else source.pixels
+                rows, grid = self._rules.patches(frames)
                 merged = (grid[0], grid[1] // self._rules.merge, grid[2] // self._rules.merge)
                 patches.append(rows)
                 grids.append(grid)
@@ -69,35 +71,22 @@ class UnderstandingStage:
         keys = tuple(example.key for example in picked.examples)
         return Micro(content, {"text": float(len(samples))}, batch.layout.tokens, keys, picked.skipped)
 
-    def _frames(self, source: Features) -> Tensor:
-        assert source.pixels is not None
-        if source.kind == "image":
-            return source.pixels
-        fps = self.geometry.fps
-        at = self.geometry.frame_indices(len(source.pixels), fps, fps, len(source.pixels), "full_vit")
-        return source.pixels[torch.tensor(at).clamp_max(len(source.pixels) - 1)]
-
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
-        content: Content = micro.content
+        return {"text": next_token_losses(self._answers(micro.content), micro.content.batch.layout.num_samples).sum()}
+
+    def _answers(self, content: Content) -> NextTokens:
         batch = content.batch
         if content.patches is not None:
             seen = self.planner.see(content.patches.to(self.planner.device), content.grids)
-            batch = Batch(batch.conversation, batch.learned, seen, None, batch.mask_ratios)
-        nothing = draw(batch, 0, torch.Generator())
-        outputs = forward(self.planner, batch, nothing)
-        assert outputs.text is not None
-        return {"text": next_token_losses(outputs.text, batch.layout.num_samples).sum()}
+            batch = replace(batch, sources=seen)
+        text = forward(self.planner, batch, draw(batch, 0, torch.Generator()), contexts=False).text
+        assert text is not None
+        return text
 
     def samples(self, folder: Path, step: int) -> None:
         """Questions of the first batch, their answers, and what the model answers when it is told the words before."""
         micro = self.micro(0, 0)
-        content: Content = micro.content
-        batch = content.batch
-        if content.patches is not None:
-            seen = self.planner.see(content.patches.to(self.planner.device), content.grids)
-            batch = Batch(batch.conversation, batch.learned, seen, None, batch.mask_ratios)
-        text = forward(self.planner, batch, draw(batch, 0, torch.Generator())).text
-        assert text is not None
+        text = self._answers(micro.content)
         guessed, right = text.logits.argmax(1), text.labels
         decode = self._template.tokenizer.decode
         lines = [
@@ -111,9 +100,7 @@ class UnderstandingStage:
         write_model(self._models.start, folder, self._models.places())
 
 
-def _usable(example: object) -> str | None:
-    if getattr(example, "answer", None) is None:
+def _usable(example: Example) -> str | None:
+    if example.answer is None:
         return "no answer"
-    if any(source.pixels is None for source in getattr(example, "sources", ())):
-        return "no pixels"
-    return None
+    return "no pixels" if any(source.pixels is None for source in example.sources) else None

@@ -109,9 +109,10 @@ def _frames(example: Example) -> tuple[int, int]:
     return len(example.target.pixels), 0
 
 
-def _usable(example: object) -> str | None:
-    target = getattr(example, "target", None)
-    return "no target" if target is None else "no pixels" if target.pixels is None else None
+def _usable(example: Example) -> str | None:
+    if example.target is None:
+        return "no target"
+    return "no pixels" if example.target.pixels is None else None
 
 
 def _target(features: Features | None) -> Tensor:
