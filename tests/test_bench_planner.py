@@ -195,7 +195,7 @@ def test_every_promise_is_measured(planner: Planner, monkeypatch: pytest.MonkeyP
 def test_plans_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """At least three rounds where they are judged, then until the budget is spent; one where they are only told."""
     calls: list[str] = []
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: 5.0 * len(calls))
+    monkeypatch.setattr(bench_harness.time, "perf_counter", lambda: 5.0 * len(calls))
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
 
     def run(budget: float) -> str:
