@@ -35,7 +35,11 @@ def rope_factors(tables: Sequence[Tensor], rows_T4: Tensor) -> Tensor:
 
 
 def _rotations(tables: Sequence[Tensor], rows_T4: Tensor, wide: torch.dtype) -> Tensor:
-    """:func:`rope_factors` as complex ``[T, 1, P]`` in the compute dtype, ready to multiply all heads."""
+    """:func:`rope_factors` as complex ``[T, 1, P]``, computed in ``wide``, ready to multiply all heads.
+
+    A float32 product would round by a token's place among the others: vector lanes contract, the last ones do not.
+    """
+    tables = [table.to(wide) for table in tables]
     return torch.view_as_complex(rope_factors(tables, rows_T4).to(wide)).unsqueeze(1)
 
 
