@@ -1,1 +1,1 @@
-"""See README.md: nothing lives here yet."""
+"""Where tensors live across processes. See README.md."""

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,11 @@ from torch import Tensor, nn
 from bernini.kernels import SegmentLayout, attention, gather_rows, modulate, qk_rope, rms_norm
 
 from .config import RendererConfig
+
+if TYPE_CHECKING:
+    from bernini.parallel.plan import LocalLayout
+
+    Layout = SegmentLayout | LocalLayout
 
 KEEP_IN_FP32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """Parts whose weights stay float32 when the rest is loaded in bfloat16 (as the released Bernini-R pipeline does)."""
@@ -35,6 +40,44 @@ class Stream(NamedTuple):
     residual: Tensor
     branch: Tensor | None = None
     gate: Tensor | None = None
+
+
+class QKNorm(NamedTuple):
+    """Of q and k, across heads."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+class SelfAttend(Protocol):
+    """Norm, rotation and attention of q, k and v, ``[T, H, D]`` each. Where a sequence is shared by several processes
+    they have another one of these (``bernini.parallel.ulysses.Ulysses``); the model does not know."""
+
+    def __call__(
+        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: Layout, norm: QKNorm, rounding: str, backend: str
+    ) -> Tensor: ...
+
+
+def attend_here(
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: Layout, norm: QKNorm, rounding: str, backend: str
+) -> Tensor:
+    """All tokens are here."""
+    here = layout.on(q_THD.device)
+    q_THD, k_THD = qk_rope(
+        q_THD, k_THD, here.tables(q_THD.shape[-1]), here.rows, q_weight=norm.q, k_weight=norm.k, eps=norm.eps,
+        rounding=rounding,
+    )  # fmt: skip
+    borders = layout.cu_seqlens
+    return attention(q_THD, k_THD, v_THD, cu_seqlens_q=borders, cu_seqlens_k=borders, backend=backend)
+
+
+class How(NamedTuple):
+    """How a forward is computed: contract of the fused kernels, attention backend, and who attends."""
+
+    rounding: str
+    backend: str
+    attend: SelfAttend = attend_here
 
 
 @dataclass(frozen=True)
@@ -60,21 +103,10 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.norm_q, self.norm_k = Scale(width), Scale(width)
 
-    def forward(self, x_TN: Tensor, layout: SegmentLayout, rounding: str, backend: str) -> Tensor:
-        here = layout.on(x_TN.device)
+    def forward(self, x_TN: Tensor, layout: Layout, how: How) -> Tensor:
         q_THD, k_THD, v_THD = (to(x_TN).unflatten(1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))
-        q_THD, k_THD = qk_rope(
-            q_THD,
-            k_THD,
-            here.tables(q_THD.shape[-1]),
-            here.rows,
-            q_weight=self.norm_q.weight,
-            k_weight=self.norm_k.weight,
-            eps=self.eps,
-            rounding=rounding,
-        )
-        borders = layout.cu_seqlens
-        out_THD = attention(q_THD, k_THD, v_THD, cu_seqlens_q=borders, cu_seqlens_k=borders, backend=backend)
+        norm = QKNorm(self.norm_q.weight, self.norm_k.weight, self.eps)
+        out_THD = how.attend(q_THD, k_THD, v_THD, layout, norm, how.rounding, how.backend)
         return self.to_out[0](out_THD.flatten(1))
 
 
@@ -94,13 +126,12 @@ class CrossAttention(nn.Module):
         return k_LN.unflatten(1, (self.heads, -1)), self.to_v(text_LN).unflatten(1, (self.heads, -1))
 
     def forward(
-        self, x_TN: Tensor, k_LHD: Tensor, v_LHD: Tensor, layout: SegmentLayout, cu_seqlens: tuple[int, ...],
-        rounding: str, backend: str,
-    ) -> Tensor:  # fmt: skip
-        q_TN = rms_norm(self.to_q(x_TN), self.norm_q.weight, eps=self.eps, rounding=rounding)
+        self, x_TN: Tensor, k_LHD: Tensor, v_LHD: Tensor, layout: Layout, cu_seqlens: tuple[int, ...], how: How
+    ) -> Tensor:
+        q_TN = rms_norm(self.to_q(x_TN), self.norm_q.weight, eps=self.eps, rounding=how.rounding)
         q_THD = q_TN.unflatten(1, (self.heads, -1))
         out_THD = attention(
-            q_THD, k_LHD, v_LHD, cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=cu_seqlens, backend=backend
+            q_THD, k_LHD, v_LHD, cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=cu_seqlens, backend=how.backend
         )
         return self.to_out[0](out_THD.flatten(1))
 
@@ -139,16 +170,16 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.width) / config.width**0.5)
 
     def forward(
-        self, stream: Stream, time_B6N: Tensor, k_LHD: Tensor, v_LHD: Tensor, layout: SegmentLayout,
-        cu_seqlens: tuple[int, ...], rounding: str, backend: str,
+        self, stream: Stream, time_B6N: Tensor, k_LHD: Tensor, v_LHD: Tensor, layout: Layout,
+        cu_seqlens: tuple[int, ...], how: How,
     ) -> Stream:  # fmt: skip
         shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + time_B6N).unbind(1)
         rows = timestep_rows(layout, stream.residual)
-        join = partial(modulate, index_T=rows, eps=self.eps, rounding=rounding)
+        join = partial(modulate, index_T=rows, eps=self.eps, rounding=how.rounding)
         x, normed = join(stream.residual, stream.branch, gate=stream.gate, scale=scale1, shift=shift1)
-        branch = self.attn1(normed, layout, rounding, backend)
+        branch = self.attn1(normed, layout, how)
         x, normed = join(x, branch, gate=gate1, weight=self.norm2.weight, bias=self.norm2.bias)
-        branch = self.attn2(normed, k_LHD, v_LHD, layout, cu_seqlens, rounding, backend)
+        branch = self.attn2(normed, k_LHD, v_LHD, layout, cu_seqlens, how)
         x, normed = join(x, branch, scale=scale3, shift=shift3)
         return Stream(x, self.ffn(normed), gate3)
 
@@ -224,28 +255,30 @@ class Renderer(nn.Module):
     def forward(
         self,
         tokens_TP: Tensor,
-        layout: SegmentLayout,
+        layout: Layout,
         timestep_B: Tensor,
         context: TextContext,
         *,
         targets_only: bool = True,
+        attend: SelfAttend = attend_here,
     ) -> Tensor:
         """Velocity of every target token (of every token with ``targets_only=False``), ``[T', P]``.
 
         Args:
             tokens_TP: latent patches in layout order (see :func:`bernini.renderer.latents.patchify`).
-            layout: the segments of the packed sequence.
+            layout: the segments of the packed sequence, or this process's part of it.
             timestep_B: one per sample, in 0..1000.
             context: from :meth:`text_context`.
+            attend: who attends; see :class:`SelfAttend`.
 
         Raises:
             ValueError: sizes that do not fit the layout or the model.
         """
         self._check(tokens_TP, layout, timestep_B, context)
         embedding, time_B6N = self.condition_embedder.time(timestep_B)
-        stream = Stream(self._embed_patches(tokens_TP))
+        stream, how = Stream(self._embed_patches(tokens_TP)), How(self.rounding, self.backend, attend)
         for block, k_LHD, v_LHD in zip(self.blocks, context.keys, context.values, strict=True):
-            stream = block(stream, time_B6N, k_LHD, v_LHD, layout, context.cu_seqlens, self.rounding, self.backend)
+            stream = block(stream, time_B6N, k_LHD, v_LHD, layout, context.cu_seqlens, how)
         rows = timestep_rows(layout, tokens_TP)
         if targets_only and len(layout.target_index) < layout.tokens:
             index = layout.on(tokens_TP.device).target_index
@@ -264,7 +297,7 @@ class Renderer(nn.Module):
         weight = self.patch_embedding.weight.permute(0, 2, 3, 4, 1).flatten(1)
         return F.linear(tokens_TP.to(self.dtype), weight, self.patch_embedding.bias)
 
-    def _check(self, tokens_TP: Tensor, layout: SegmentLayout, timestep_B: Tensor, context: TextContext) -> None:
+    def _check(self, tokens_TP: Tensor, layout: Layout, timestep_B: Tensor, context: TextContext) -> None:
         values = self.config.patch_values
         if tuple(tokens_TP.shape) != (layout.tokens, values):
             raise ValueError(f"renderer: tokens must be [{layout.tokens}, {values}], got {list(tokens_TP.shape)}")
@@ -279,7 +312,7 @@ class Renderer(nn.Module):
             )
 
 
-def timestep_rows(layout: SegmentLayout, like: Tensor) -> Tensor | None:
+def timestep_rows(layout: Layout, like: Tensor) -> Tensor | None:
     """Row of each token in the per-sample tables; ``None`` for one sample, where a single row serves all tokens."""
     return None if layout.num_samples == 1 else layout.on(like.device).timestep_rows
 

@@ -111,7 +111,7 @@ def test_full_graph_compilation_with_gradients(name: str) -> None:
 
 def _block() -> tuple[Callable[[Tensor], Tensor], Tensor]:
     from bernini.renderer.config import RendererConfig
-    from bernini.renderer.model import Block, Stream
+    from bernini.renderer.model import Block, How, Stream
 
     torch.manual_seed(0)
     config = RendererConfig(num_attention_heads=2, attention_head_dim=16, ffn_dim=48, num_layers=1)
@@ -124,7 +124,7 @@ def _block() -> tuple[Callable[[Tensor], Tensor], Tensor]:
     time = torch.randn(2, 6, config.width)
 
     def run(x: Tensor) -> Tensor:
-        stream = block(Stream(x), time, keys, values, layout, (0, 3, 6), "fp32", "auto")
+        stream = block(Stream(x), time, keys, values, layout, (0, 3, 6), How("fp32", "auto"))
         return stream.residual + stream.branch * stream.gate[layout.on(x.device).timestep_rows]
 
     return run, torch.randn(layout.tokens, config.width)
