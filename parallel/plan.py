@@ -132,7 +132,8 @@ class Cut:
         """Of each rank."""
         return tuple(np.diff(self.borders).tolist())
 
-    def range(self, rank: int) -> Range:
+    def part(self, rank: int) -> Range:
+        """Rows of a rank."""
         return self.borders[rank], self.borders[rank + 1]
 
     def of_row(self, row: range) -> Range:
@@ -164,7 +165,12 @@ class SPPlan:
 
     def local(self, rank: int) -> LocalLayout:
         """What the rank's part of the model reads."""
-        return LocalLayout(self.layout, self.cut.range(rank))
+        return LocalLayout(self.layout, self.cut.part(rank))
+
+    @cached_property
+    def targets(self) -> Cut:
+        """Which ranks have which target tokens."""
+        return Cut.chosen(self.layout.target_index, self.cut)
 
     def borders(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(``cu_seqlens_q``, ``cu_seqlens_k``) of the attention that this rank computes: its row's queries, all keys.
@@ -209,6 +215,17 @@ class LocalLayout:
         """int64: places of the target tokens among those here."""
         index = self.whole.target_index
         return index[slice(*np.searchsorted(index, self.part))] - self.part[0]
+
+    @property
+    def pieces(self) -> list[tuple[int, slice, slice]]:
+        """(number of a segment, its tokens that are here, their places here), for every segment that reaches here."""
+        found = []
+        for number, (start, stop) in enumerate(self.whole.ranges):
+            first, last = max(start, self.part[0]), min(stop, self.part[1])
+            if first < last:
+                here = slice(first - self.part[0], last - self.part[0])
+                found.append((number, slice(first - start, last - start), here))
+        return found
 
     @cached_property
     def rows(self) -> NDArray[np.int32]:

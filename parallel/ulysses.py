@@ -137,7 +137,8 @@ class _Out(torch.autograd.Function):
         kv_send = _packed(k, v, swap.heads.kv_bands)
         q_T, kv_S = swap.out(_banded(q, swap.heads.ulysses).contiguous(), kv_send)
         assert kv_S is not None
-        return q_T, *kv_S.chunk(2, dim=1)
+        k_S, v_S = kv_S.chunk(2, dim=1)
+        return q_T, k_S, v_S
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,7 +173,8 @@ class _TurnedOut(torch.autograd.Function):
         )
         q_T, kv_S = swap.out(q_send, kv_send)
         assert kv_S is not None
-        return q_T, *kv_S.chunk(2, dim=1)
+        k_S, v_S = kv_S.chunk(2, dim=1)
+        return q_T, k_S, v_S
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from bernini.kernels.segments import MAX_TRAINED_SOURCES
 from ..renderer.config import RendererConfig
 from ..renderer.model import Block, Renderer, Stream
 
+if TYPE_CHECKING:
+    from ..renderer.model import Layout
+
 RENDERER = RendererConfig(num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=512, freq_dim=128)
 """Of the ablation: two thirds of the toy's width and layers, so that an arm is trained in minutes."""
 
@@ -36,7 +39,7 @@ class PlainBlock(Block):
     """A block under the usual 3D RoPE."""
 
     def forward(
-        self, stream: Stream, time_B6N: Tensor, k_LHD: Tensor, v_LHD: Tensor, layout: SegmentLayout, *rest: Any
+        self, stream: Stream, time_B6N: Tensor, k_LHD: Tensor, v_LHD: Tensor, layout: Layout, *rest: Any
     ) -> Stream:
         return super().forward(stream, time_B6N, k_LHD, v_LHD, without_phases(layout), *rest)
 
@@ -50,7 +53,7 @@ class EmbeddedBlock(PlainBlock):
         self.segments = nn.Parameter(torch.zeros(1, MAX_TRAINED_SOURCES + 1, config.width))
 
     def forward(
-        self, stream: Stream, time_B6N: Tensor, k_LHD: Tensor, v_LHD: Tensor, layout: SegmentLayout, *rest: Any
+        self, stream: Stream, time_B6N: Tensor, k_LHD: Tensor, v_LHD: Tensor, layout: Layout, *rest: Any
     ) -> Stream:
         rows = segment_ids(layout).to(stream.residual.device)
         stream = stream._replace(residual=stream.residual + self.segments[0, rows].to(stream.residual.dtype))
@@ -82,18 +85,20 @@ def make_renderer(arm: str, config: RendererConfig, seed: int) -> Renderer:
 
 
 @lru_cache(256)
-def without_phases(layout: SegmentLayout) -> SegmentLayout:
+def without_phases(layout: Layout) -> SegmentLayout:
     """The layout with every segment in phase 0, where the segment's rotation is none. Kept, with its device copies."""
+    assert isinstance(layout, SegmentLayout)  # arms are trained by one process
     return SegmentLayout([replace(segment, phase=0.0) for segment in layout.segments])
 
 
 @lru_cache(256)
-def segment_ids(layout: SegmentLayout) -> Tensor:
+def segment_ids(layout: Layout) -> Tensor:
     """int64 ``[T]``, on the host: the phase of each token's segment as a row number.
 
     Raises:
         ValueError: a phase that is no whole number up to five; the world has no sample with more sources.
     """
+    assert isinstance(layout, SegmentLayout)
     phases = [segment.phase for segment in layout.segments]
     wrong = [phase for phase in phases if phase != int(phase) or phase > MAX_TRAINED_SOURCES]
     if wrong:

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from bernini.kernels import SegmentLayout, guide, scatter_rows
+from bernini.parallel.plan import Cut, LocalLayout
+from bernini.parallel.share import ALONE, Share
+from bernini.parallel.ulysses import Ulysses
 
 from .config import RendererConfig
 from .guidance import Plan, Projection
-from .model import Renderer, TextContext
+from .model import Renderer, SelfAttend, TextContext, attend_here
 from .schedule import Solver
 
 Which = Literal["high", "low"]
@@ -93,11 +96,18 @@ def expert_at(experts: ExpertPair, timestep: float) -> Which:
 
 
 class _Input(NamedTuple):
-    """One branch as the model sees it: only the target's rows of ``tokens`` change from step to step."""
+    """One branch as the model sees it: only the target's rows of ``tokens`` change from step to step.
 
-    layout: SegmentLayout
+    Where ranks share it, layout and tokens are this rank's, ``here`` are its rows of the target, and ``targets`` says
+    which rank has which.
+    """
+
+    layout: SegmentLayout | LocalLayout
     tokens: Tensor
     text: str
+    here: slice = slice(None)
+    attend: SelfAttend = attend_here
+    targets: Cut | None = None
 
 
 @torch.no_grad()
@@ -115,8 +125,12 @@ def sample(
     progress: Callable[[int, int], None] | None = None,
     watch: Callable[[int, Tensor, Tensor], None] | None = None,
     rounding: str = "fp32",
+    share: Share = ALONE,
 ) -> Tensor:
     """Denoises the target.
+
+    Ranks that share sequences compute their part of every branch; the velocities of the target are small, so each rank
+    gets all of them and does the same step.
 
     Args:
         layout: one sample: source videos, source images, target.
@@ -128,6 +142,7 @@ def sample(
         progress: called with (steps done, steps), first with 0.
         watch: called after each step with (step, guided velocity, state), both ``[target tokens, values]``.
         rounding: contract of guidance's arithmetic.
+        share: the ranks that call this together, with equal arguments.
 
     Returns:
         float32 ``[target tokens, values]``: the clean target's patches.
@@ -135,7 +150,7 @@ def sample(
     plan = plan.evaluated(guidance.scales)
     frames = layout.segments[layout.numbers("target")[0]].grid[0]
     latent = noise_tokens.to(torch.float32)
-    inputs, place = _distinct_inputs(plan, layout, videos, source_tokens, latent)
+    inputs, place = _distinct_inputs(plan, layout, videos, source_tokens, latent, share, experts.config)
     buffer = latent.new_zeros(len(plan.links), frames, latent.numel() // frames)
     levels, report = solver.schedule, progress or (lambda done, steps: None)
     contexts: dict[str, TextContext] = {}
@@ -154,8 +169,11 @@ def sample(
         for branch in inputs:
             if branch.text not in contexts:
                 contexts[branch.text] = model.text_context(texts[branch.text])
-            scatter_rows(branch.tokens, [latent], [branch.layout.on(latent.device).target_index])
-            results.append(model(branch.tokens, branch.layout, time, contexts[branch.text]).view(frames, -1))
+            scatter_rows(branch.tokens, [latent[branch.here]], [branch.layout.on(latent.device).target_index])
+            velocity = model(branch.tokens, branch.layout, time, contexts[branch.text], attend=branch.attend)
+            if branch.targets is not None:
+                velocity = share.gather(velocity, branch.targets)
+            results.append(velocity.view(frames, -1))
         # In x0 space, at sigma 0, nothing is left to guide.
         apg = plan.apg if plan.apg and (levels.sigmas[step] > 0 or plan.apg.space != "x0") else None
         in_x0 = apg is not None and apg.space == "x0"
@@ -184,8 +202,9 @@ def sample(
 
 
 def _distinct_inputs(
-    plan: Plan, layout: SegmentLayout, videos: int, source_tokens: Sequence[Tensor], latent: Tensor
-) -> tuple[list[_Input], list[int]]:
+    plan: Plan, layout: SegmentLayout, videos: int, source_tokens: Sequence[Tensor], latent: Tensor, share: Share,
+    config: RendererConfig,
+) -> tuple[list[_Input], list[int]]:  # fmt: skip
     """The inputs that differ, and for each branch of the plan the number of its input.
 
     Two branches may be one: without images, "first video" and "all" see the same.
@@ -198,10 +217,23 @@ def _distinct_inputs(
         key = (branch_layout, kept, branch.text)
         if key not in numbers:
             numbers[key] = len(inputs)
-            tokens = latent.new_zeros(branch_layout.tokens, latent.shape[-1])
-            here = branch_layout.on(latent.device)
-            sources = [source_tokens[number].to(latent.dtype) for number in kept[:-1]]
-            scatter_rows(tokens, sources, [here.index(number) for number in branch_layout.numbers("source")])
-            inputs.append(_Input(branch_layout, tokens, branch.text))
+            sources = dict(zip(branch_layout.numbers("source"), (source_tokens[n] for n in kept[:-1]), strict=True))
+            inputs.append(_input(branch_layout, branch.text, sources, latent, share, config.num_attention_heads))
         place.append(numbers[key])
     return inputs, place
+
+
+def _input(
+    layout: SegmentLayout, text: str, sources: Mapping[int, Tensor], latent: Tensor, share: Share, heads: int
+) -> _Input:
+    """``sources`` by the number of their segment."""
+    sp = share.plan(layout, heads, heads)
+    rank = share.group.rank
+    local = LocalLayout(layout, (0, layout.tokens)) if sp is None else sp.local(rank)
+    tokens = latent.new_zeros(local.tokens, latent.shape[-1])
+    for number, of_segment, here in local.pieces:
+        if number in sources:
+            tokens[here] = sources[number][of_segment].to(latent.dtype)
+    if sp is None:
+        return _Input(layout, tokens, text)
+    return _Input(local, tokens, text, slice(*sp.targets.part(rank)), Ulysses(share.group, sp), sp.targets)

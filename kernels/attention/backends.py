@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -130,10 +130,10 @@ def per_sequence(one: Callable[[Tensor, Tensor, Tensor, float], Tensor], alike: 
         places = list(q) if out_THD is None else list(out_THD.split(queries))
         for (rows, columns), numbers in together.items():
             if alike is None or len(numbers) == 1 or not 0 < rows <= SHORT or not 0 < columns <= SHORT:
-                results = (_one(one, q[n], k[n], v[n], scale) for n in numbers)
+                results: Iterable[Tensor] = (_one(one, q[n], k[n], v[n], scale) for n in numbers)
             else:
-                stacked = (torch.stack([x[n] for n in numbers]) for x in (q, k, v))
-                results = iter(alike(*stacked, scale).unbind())
+                stacked_q, stacked_k, stacked_v = (torch.stack([x[n] for n in numbers]) for x in (q, k, v))
+                results = alike(stacked_q, stacked_k, stacked_v, scale).unbind()
             for number, result in zip(numbers, results, strict=True):
                 places[number] = result if out_THD is None else places[number].copy_(result)
         # Autograd keeps the pieces anyway, and a chain of writes into one buffer would copy its gradient each time.
