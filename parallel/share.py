@@ -13,7 +13,8 @@ from torch import Tensor
 from bernini.kernels import SegmentLayout
 
 from .group import Alone, Group
-from .plan import Cut, SPPlan
+from .plan import Cut, Heads, Range, SPPlan
+from .ulysses import Run, Swap, attend
 
 LEAST = 4096
 """Tokens from which on a sequence is cut: below, two exchanges per layer cost more than they save."""
@@ -37,6 +38,29 @@ class Share:
     def plan(self, layout: SegmentLayout, heads: int, kv_heads: int) -> SPPlan | None:
         """The layout cut for this group; ``None`` where it stays whole."""
         return SPPlan.make(layout, heads, kv_heads, self.group.size) if self.cuts(layout.tokens) else None
+
+    def rows(self, tokens: int) -> Range:
+        """Which rows of a packed sequence of so many this rank has: all of them where it stays whole."""
+        return Cut.even(tokens, self.group.size).part(self.group.rank) if self.cuts(tokens) else (0, tokens)
+
+    def own(self, at: Tensor, tokens: int) -> Tensor:
+        """Those of some rows (int64 on the host) that this rank has, as places among its own."""
+        start, stop = self.rows(tokens)
+        return at if (start, stop) == (0, tokens) else at[(at >= start) & (at < stop)] - start
+
+    def attend(
+        self, q_tHD: Tensor, k_tGD: Tensor, v_tGD: Tensor, run: Run, tokens: int, at: Tensor | None = None
+    ) -> Tensor:
+        """Attention of the own rows of a sequence that is cut; see :func:`bernini.parallel.ulysses.attend`.
+
+        Args:
+            tokens: of the sequence.
+            at: int64 on the host, ascending: the rows that have queries, all by default. Keys come from all rows.
+        """
+        kv = Cut.even(tokens, self.group.size)
+        q = kv if at is None else Cut.chosen(at.numpy(), kv)
+        heads = Heads.shared(q_tHD.shape[1], k_tGD.shape[1], self.group.size)
+        return attend(Swap(self.group, heads, q, kv), q_tHD, k_tGD, v_tGD, run)
 
     def gather(self, rows: Tensor, cut: Cut) -> Tensor:
         """``[cut.rows, ...]``, the rows of all ranks, without gradients."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bernini.kernels import attention, interval_attention, qk_rope
+from bernini.kernels import attention, qk_rope
 
 from .group import Group, Message
 from .plan import Cut, Heads, LocalLayout, Range, SPPlan
@@ -270,16 +270,3 @@ class Ulysses:
         cu_seqlens_q, cu_seqlens_k = self.borders
         out = attention(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, backend=backend)
         return _Back.apply(self.swap, out)
-
-
-def masked(plan: SPPlan, rank: int, device: torch.device, scale: float) -> Run:
-    """The hybrid mask for the queries that a rank attends for."""
-    starts, ends, second = plan.intervals(rank)
-    place = lambda array: torch.from_numpy(array.copy()).to(device)  # noqa: E731
-    pair = None if second is None else (place(second[0]), place(second[1]))
-    starts_T, ends_T = place(starts), place(ends)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, rows: Range) -> Tensor:
-        return interval_attention(q, k, v, starts_T, ends_T, second=pair, scale=scale)
-
-    return run

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bernini.kernels import SegmentLayout, interval_attention
+from bernini.parallel.plan import Range
+from bernini.parallel.share import ALONE, Share
 
 from .heads import Connector, DecoderConfig, VitDecoder
 from .prompt import Conversation
@@ -181,27 +183,34 @@ class Planner(nn.Module):
         low, high = k_TGD.chunk(2, dim=-1)
         return k_TGD * cos[0, :, None] + torch.cat([-high, low], dim=-1) * sin[0, :, None]
 
-    def forward(self, embeds_TN: Tensor, positions_3T: Tensor, layout: SegmentLayout) -> Tensor:
-        """:meth:`hidden` of a packed batch under the hybrid mask, nothing cached."""
-        return self.hidden(embeds_TN, positions_3T, under_mask(layout))
+    def forward(self, embeds_TN: Tensor, positions_3T: Tensor, layout: SegmentLayout, share: Share = ALONE) -> Tensor:
+        """:meth:`hidden` of a packed batch under the hybrid mask, nothing cached.
+
+        Args:
+            share: the ranks that run it together; where they cut the layout, rows and positions are this rank's.
+        """
+        return self.hidden(embeds_TN, positions_3T, under_mask(layout, share=share))
 
     def logits(
-        self, hidden_TN: Tensor, positions_3T: Tensor, layout: SegmentLayout, at: Tensor | None = None
-    ) -> Tensor:
+        self, hidden_TN: Tensor, positions_3T: Tensor, layout: SegmentLayout, at: Tensor | None = None,
+        share: Share = ALONE,
+    ) -> Tensor:  # fmt: skip
         """Next-token logits ``[T, vocabulary]`` from what :meth:`forward` returned: the last layer, norm and head.
 
         Args:
-            at: int64, the rows that are wanted; all by default.
+            at: int64 on the host, ascending: the rows of the batch that are wanted; all by default.
+            share: as in :meth:`forward`; a rank gets the logits of those of the rows that it has.
 
         Raises:
             ValueError: the planner was made without them.
         """
         if len(self.text.layers) == self._used:
             raise ValueError("this planner was made without the layers for logits; make it with understanding=True")
-        last, attend = self.text.layers[self._used], under_mask(layout, at)
+        last, attend = self.text.layers[self._used], under_mask(layout, at, share)
         if at is None:
             return self.lm_head(self.text.norm(self._run(hidden_TN, positions_3T, attend, [last])))
-        return self.lm_head(self.text.norm(self._partly(last, hidden_TN, positions_3T, attend, at)))
+        own = share.own(at, layout.tokens).to(hidden_TN.device)
+        return self.lm_head(self.text.norm(self._partly(last, hidden_TN, positions_3T, attend, own)))
 
 
 def _through(layers: Iterable[Any], x_TN: Tensor, attend: Attend, rotary: Rotary) -> Tensor:
@@ -213,15 +222,36 @@ def _through(layers: Iterable[Any], x_TN: Tensor, attend: Attend, rotary: Rotary
     return x[0]
 
 
-def under_mask(layout: SegmentLayout, at: Tensor | None = None) -> Attend:
-    """The hybrid mask of a packed batch, as key intervals; ``at``: the rows that have queries, all by default."""
+def under_mask(layout: SegmentLayout, at: Tensor | None = None, share: Share = ALONE) -> Attend:
+    """The hybrid mask of a packed batch, as key intervals.
+
+    Args:
+        at: int64 on the host, ascending: the rows that have queries, all by default.
+        share: the ranks among which the batch is cut, if it is.
+    """
+    queries = layout.tokens if at is None else len(at)
+    masks: dict[Range, tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]] = {}
+
+    def mask(rows: Range, device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Intervals of these of the queries: copied once, not once for every layer."""
+        if at is None and rows == (0, queries):
+            return layout.on(device).intervals
+        if rows not in masks:
+            some = slice(*rows) if at is None else at[slice(*rows)].numpy()
+            starts, ends, second = layout.intervals
+            arrays = (starts[some], ends[some], *(() if second is None else (second[0][some], second[1][some])))
+            first, last, *pair = (torch.from_numpy(array.copy()).to(device) for array in arrays)
+            masks[rows] = first, last, (pair[0], pair[1]) if pair else None
+        return masks[rows]
 
     def attend(layer: int, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, scale: float) -> Tensor:
-        starts, ends, second = layout.on(q_THD.device).intervals
-        if at is not None:
-            starts, ends = starts[at], ends[at]
-            second = None if second is None else (second[0][at], second[1][at])
-        return interval_attention(q_THD, k_SGD, v_SGD, starts, ends, second=second, scale=scale)
+        def run(q: Tensor, k: Tensor, v: Tensor, rows: Range) -> Tensor:
+            starts, ends, second = mask(rows, q.device)
+            return interval_attention(q, k, v, starts, ends, second=second, scale=scale)
+
+        if not share.cuts(layout.tokens):
+            return run(q_THD, k_SGD, v_SGD, (0, queries))
+        return share.attend(q_THD, k_SGD, v_SGD, run, layout.tokens, at)
 
     return attend
 

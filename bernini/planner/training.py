@@ -307,7 +307,7 @@ def _next_tokens(planner: Planner, batch: Batch, hidden: Tensor, positions: Tens
     at = predicted.nonzero().flatten()
     if not len(at):
         return None
-    logits = planner.logits(hidden, positions, layout, at.to(hidden.device))
+    logits = planner.logits(hidden, positions, layout, at)
     return NextTokens(logits, batch.conversation.ids[at + 1].to(hidden.device), owner[at].to(hidden.device))
 
 
