@@ -22,6 +22,7 @@ from bernini.kernels import Segment, SegmentLayout, segment_phases
 from .checkpoint import CheckpointError, component_folder, open_experts, read_json, read_layout, resolve
 from .geometry import MLLM_CONFIG, RELEASED, Geometry
 from .media import Clip, from_model, to_model
+from .parallel.share import ALONE, Share
 from .presets import TASK_PREFIXES
 from .renderer.latents import patch_grid, patchify, unpatchify
 from .renderer.model import Renderer
@@ -58,9 +59,10 @@ class Bernini:
         device: str = "cpu",
         planner: Callable[[], PlannerStage] | None = None,
         geometry: Geometry = RELEASED,
+        share: Share = ALONE,
     ) -> None:
         self.experts, self.text, self.vae, self.device, self._planner = experts, text, vae, device, planner
-        self.geometry = geometry
+        self.geometry, self.share = geometry, share
 
     @property
     def has_planner(self) -> bool:
@@ -76,6 +78,7 @@ class Bernini:
         attention: str = "auto",
         low_memory: bool = False,
         components: str | Path | None = None,
+        share: Share = ALONE,
     ) -> Bernini:
         """Loads a checkpoint in one of the released layouts: Bernini-R, its raw export, or a full Bernini.
 
@@ -88,6 +91,7 @@ class Bernini:
                 loaded for each request and gone before the first expert comes.
             components: folder or repository with ``vae``, ``text_encoder`` and ``tokenizer``, where ``model`` is a raw
                 export that has none.
+            share: processes that serve every request together: each calls this and then asks for the same.
 
         Raises:
             CheckpointError: the folder, a file or a tensor is missing or wrong.
@@ -112,7 +116,7 @@ class Bernini:
 
         geometry = _geometry(folder, component_folder(parts, "vae") / "config.json", vae.config, files.config.to_dict())
         bundle = read_layout(folder).kind == "bundle"
-        planner = _planner(folder, dtype, device, attention, geometry) if bundle else None
+        planner = _planner(folder, dtype, device, attention, geometry, share) if bundle else None
         experts: ExpertPair
         if planner is not None and not low_memory:
             stage = planner()
@@ -122,7 +126,7 @@ class Bernini:
         else:
             experts = Experts(load("high"), load("low") if files.has_low else None, files.boundary)
         text = TextEncoder(tokenizer, encoder.to(device).eval(), geometry.text_tokens)
-        return cls(experts, text, VideoAutoencoder(vae.to(device).eval()), device, planner, geometry)
+        return cls(experts, text, VideoAutoencoder(vae.to(device).eval()), device, planner, geometry, share)
 
     def __call__(self, prompt: str, *, progress: Progress | None = None, **options: Any) -> Clip:
         """``generate(Request(prompt, **options))``."""
@@ -162,6 +166,7 @@ class Bernini:
             guidance=chosen.guidance,
             solver=make_solver(request.solver, request.sigma_schedule, chosen.steps, chosen.flow_shift),
             progress=partial(report, "sampling"),
+            share=self.share,
         )
         report("decoding", 0, 1)
         target = unpatchify(tokens, layout.segments[-1].grid, self._patch)
@@ -247,7 +252,7 @@ def _geometry(folder: Path, vae_file: Path, vae: Any, renderer: dict[str, Any]) 
 
 
 def _planner(
-    folder: Path, dtype: torch.dtype, device: str, attention: str, geometry: Geometry
+    folder: Path, dtype: torch.dtype, device: str, attention: str, geometry: Geometry, share: Share
 ) -> Callable[[], PlannerStage]:
     """Checks a bundle's planner now; the function that comes back loads it."""
     from transformers import AutoTokenizer
@@ -267,7 +272,7 @@ def _planner(
 
     def load() -> PlannerStage:
         planner = source.load(dtype=dtype, device=device)
-        return PlannerStage(planner, tokenizer, rules, backend=attention, geometry=geometry)
+        return PlannerStage(planner, tokenizer, rules, backend=attention, geometry=geometry, share=share)
 
     return load
 

@@ -14,7 +14,7 @@ from bernini.kernels import SegmentLayout
 
 from .group import Alone, Group
 from .plan import Cut, Heads, Range, SPPlan
-from .ulysses import Run, Swap, attend
+from .ulysses import Run, Swap, attend, gathered
 
 LEAST = 4096
 """Tokens from which on a sequence is cut: below, two exchanges per layer cost more than they save."""
@@ -43,10 +43,14 @@ class Share:
         """Which rows of a packed sequence of so many this rank has: all of them where it stays whole."""
         return Cut.even(tokens, self.group.size).part(self.group.rank) if self.cuts(tokens) else (0, tokens)
 
-    def own(self, at: Tensor, tokens: int) -> Tensor:
-        """Those of some rows (int64 on the host) that this rank has, as places among its own."""
+    def mine(self, at: Tensor, tokens: int) -> Tensor:
+        """bool: which of some rows (int64 on the host) this rank has."""
         start, stop = self.rows(tokens)
-        return at if (start, stop) == (0, tokens) else at[(at >= start) & (at < stop)] - start
+        return (at >= start) & (at < stop)
+
+    def own(self, at: Tensor, tokens: int) -> Tensor:
+        """Those of the rows that this rank has, as places among its own."""
+        return at[self.mine(at, tokens)] - self.rows(tokens)[0]
 
     def attend(
         self, q_tHD: Tensor, k_tGD: Tensor, v_tGD: Tensor, run: Run, tokens: int, at: Tensor | None = None
@@ -61,6 +65,18 @@ class Share:
         q = kv if at is None else Cut.chosen(at.numpy(), kv)
         heads = Heads.shared(q_tHD.shape[1], k_tGD.shape[1], self.group.size)
         return attend(Swap(self.group, heads, q, kv), q_tHD, k_tGD, v_tGD, run)
+
+    def gathered(self, own: Tensor, tokens: int, at: Tensor | None = None) -> Tensor:
+        """The rows ``at`` of a sequence on every rank, from what each has of them; differentiable.
+
+        Args:
+            own: ``[those of them that this rank has, ...]``.
+            at: int64 on the host, ascending; all rows by default.
+        """
+        if not self.cuts(tokens):
+            return own
+        cut = Cut.even(tokens, self.group.size)
+        return gathered(self.group, cut if at is None else Cut.chosen(at.numpy(), cut), own)
 
     def gather(self, rows: Tensor, cut: Cut) -> Tensor:
         """``[cut.rows, ...]``, the rows of all ranks, without gradients."""

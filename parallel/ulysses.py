@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bernini.kernels import attention, qk_rope
+from bernini.kernels import SegmentLayout, attention, qk_rope
 
 from .group import Group, Message
 from .plan import Cut, Heads, LocalLayout, Range, SPPlan
@@ -259,8 +259,8 @@ class Ulysses:
         self.borders = plan.borders(group.rank)
 
     def __call__(
-        self, q_tHD: Tensor, k_tHD: Tensor, v_tHD: Tensor, layout: LocalLayout, norm: QKNorm, rounding: str,
-        backend: str,
+        self, q_tHD: Tensor, k_tHD: Tensor, v_tHD: Tensor, layout: SegmentLayout | LocalLayout, norm: QKNorm,
+        rounding: str, backend: str,
     ) -> Tensor:  # fmt: skip
         here = layout.on(q_tHD.device)
         q, k, v = _TurnedOut.apply(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -20,12 +20,17 @@ import torch
 from torch import Tensor
 
 from bernini.kernels import attention, interval_attention
+from bernini.parallel.plan import Cut, Range, clipped
+from bernini.parallel.share import ALONE, Share
 
 from .model import Planner
 from .prompt import Conversation
 from .settings import PlanSettings
 
 Progress = Callable[[int, int], None]
+
+Cached = Callable[[int, Tensor, Tensor, Tensor, Range, float], Tensor]
+"""``(layer, q_THD, k_SGD, v_SGD, rows, scale) -> out_THD``: those rows' queries, with the keys of all that is run."""
 
 
 class Draws(Protocol):
@@ -106,13 +111,15 @@ class Prefix:
         embeds: input embeddings ``[T, N]`` of each (what stands at the target's positions does not matter).
         active: how many of the branches take part in the steps; of the others only ``hidden`` is wanted.
         backend: of :func:`bernini.kernels.attention`, for the steps.
+        share: ranks that do this together, with equal arguments: where they cut it, each has its heads' part of the
+            keys and values, and its part of the rows; what comes back is whole on all of them.
 
     ``hidden`` holds, per branch, the hidden states of the tokens that are not target, in order.
     """
 
     def __init__(
         self, planner: Planner, conversations: Sequence[Conversation], embeds: Sequence[Tensor], *, active: int,
-        backend: str = "auto",
+        backend: str = "auto", share: Share = ALONE,
     ) -> None:  # fmt: skip
         self._planner, self._backend, self.active = planner, backend, active
         self._caches: dict[int, tuple[Tensor, Tensor]] = {}
@@ -141,21 +148,49 @@ class Prefix:
         ends = torch.arange(1, max(lengths) + 1, dtype=torch.int32, device=device)
         starts = torch.zeros_like(ends)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        def run(layer: int, q: Tensor, k: Tensor, v: Tensor, here: Range, scale: float) -> Tensor:
             buffers = tuple(x.new_empty((self._cu_k[-1], *x.shape[1:])) for x in (k, v))
             for buffer, x in zip(buffers, (k, v), strict=True):
                 buffer[places] = x[stored]
             self._caches[layer] = (buffers[0], buffers[1])
             # Branch by branch: where no kernel skips what is masked, a packed batch would pay for every pair of them.
-            pieces = [
-                interval_attention(q[a:b], k[a:b], v[a:b], starts[: b - a], ends[: b - a], scale=scale)
-                for a, b in pairwise([*offsets, len(q)])
-            ]
-            return torch.cat(pieces)
+            pieces, first = [], here[0]
+            for a, b in pairwise([*offsets, sum(lengths)]):
+                c, d = max(a, first), min(b, here[1])  # those of the branch's rows that have queries here
+                if c < d:
+                    see = starts[c - a : d - a], ends[c - a : d - a]
+                    pieces.append(interval_attention(q[c - first : d - first], k[a:b], v[a:b], *see, scale=scale))
+            return torch.cat(pieces) if pieces else q.new_empty((0, q.shape[1], v.shape[2]))
 
         rows = torch.cat([x[index] for x, index in zip(embeds, rest, strict=True)])
         where = torch.cat([p[:, index] for p, index in zip(positions, rest, strict=True)], dim=1)
-        self.hidden = planner.hidden(rows, where, attend).split(lengths)
+        # Once for all: the steps find the keys as the prefix left them.
+        self._share = share if share.cuts(len(rows) + active * self.tokens) else ALONE
+        self.hidden = self._run(rows, where, run).split(lengths)
+
+    def _run(self, rows: Tensor, positions: Tensor, run: Cached, at: Tensor | None = None) -> Tensor:
+        """Through the language model, shared by the ranks; the hidden states of all rows, or of those ``at`` (on the
+        host, ascending)."""
+        share, total = replace(self._share, least=0), len(rows)
+        start, stop = share.rows(total)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            def band(q: Tensor, k: Tensor, v: Tensor, here: Range) -> Tensor:
+                return run(layer, q, k, v, here, scale)
+
+            if share.group.size == 1:
+                return band(q, k, v, (0, len(q)))
+            return share.attend(q, k, v, band, total, at if layer == self._last else None)
+
+        own = None if at is None else share.own(at, total).to(rows.device)
+        hidden = self._planner.hidden(rows[start:stop], positions[:, start:stop], attend, own)
+        cut = Cut.even(total, share.group.size)
+        return share.gather(hidden, cut if at is None else Cut.chosen(at.numpy(), cut))
+
+    @property
+    def _last(self) -> int:
+        """The layer behind which the hidden states are taken; of some rows only, if only some are wanted."""
+        return self._planner.text_config.num_hidden_layers - 2
 
     def step(self, targets_NV: Tensor, branches: int | None = None) -> Tensor:
         """Hidden states ``[B, N, V]`` of the target's tokens, given what stands there now.
@@ -166,26 +201,30 @@ class Prefix:
         return self._states(targets_NV, self.active if branches is None else branches)
 
     def reveal(self, targets_NV: Tensor, at: Tensor) -> Tensor:
-        """``step(targets_NV)[:, at]``, without what the other tokens' states alone would take."""
+        """``step(targets_NV)[:, at]``, without what the other tokens' states alone would take.
+
+        Args:
+            at: int64 on the host, ascending.
+        """
         return self._states(targets_NV, self.active, at)
 
     def _states(self, targets_NV: Tensor, count: int, at: Tensor | None = None) -> Tensor:
         rows, stop = count * self.tokens, self._cu_k[count]
         slots = self._slots[:rows]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        def run(layer: int, q: Tensor, k: Tensor, v: Tensor, here: Range, scale: float) -> Tensor:
             keys, values = self._caches[layer]
             keys.index_copy_(0, slots, k)
             values.index_copy_(0, slots, v)
-            cu_q = [len(q) // count * number for number in range(count + 1)]
+            each = self.tokens if at is None or layer != self._last else len(at)
+            borders = clipped(range(0, count * each + 1, each), here)
             return attention(
-                q, keys[:stop], values[:stop], cu_seqlens_q=cu_q, cu_seqlens_k=self._cu_k[: count + 1], scale=scale,
+                q, keys[:stop], values[:stop], cu_seqlens_q=borders, cu_seqlens_k=self._cu_k[: count + 1], scale=scale,
                 backend=self._backend,
             )  # fmt: skip
 
-        if at is not None:
-            at = (at + self.tokens * torch.arange(count, device=at.device)[:, None]).flatten()
-        hidden = self._planner.hidden(targets_NV.repeat(count, 1), self._positions[:, :rows], attend, at)
+        chosen = None if at is None else (at + self.tokens * torch.arange(count)[:, None]).flatten()
+        hidden = self._run(targets_NV.repeat(count, 1), self._positions[:, :rows], run, chosen)
         return hidden.unflatten(0, (count, -1))
 
 
@@ -216,7 +255,7 @@ class Whole:
 
     def reveal(self, targets_NV: Tensor, at: Tensor) -> Tensor:
         """As :meth:`Prefix.reveal`."""
-        return self.step(targets_NV)[:, at]
+        return self.step(targets_NV)[:, at.to(targets_NV.device)]
 
 
 @torch.no_grad()
@@ -243,11 +282,10 @@ def generate(
     for step, revealed in enumerate(revealed_by_step(order, settings.steps, parity=settings.parity)):
         report(step, settings.steps)
         if len(revealed) and not (settings.parity and int(revealed.sum()) == 0):
-            at = revealed.to(embeds.device)
-            found = planner.connector.for_vit(engine.reveal(embeds, at))
+            found = planner.connector.for_vit(engine.reveal(embeds, revealed))
             conditions = list(zip(weights, found, strict=True))
             noise = draws.noise(revealed, embeds.shape[1]).to(embeds.device)
-            embeds[at] = planner.vit_decoder.sample(
+            embeds[revealed.to(embeds.device)] = planner.vit_decoder.sample(
                 noise, conditions, settings.decoder_steps, parity=settings.parity
             ).to(embeds.dtype)
         if watch is not None:

@@ -215,11 +215,28 @@ class Planner(nn.Module):
 
 def _through(layers: Iterable[Any], x_TN: Tensor, attend: Attend, rotary: Rotary) -> Tensor:
     """Through transformers' layers, which want a batch of one."""
+    rows = len(x_TN)
+    if not rows:
+        # A rank may have no rows of a shared sequence and still has keys and values to pass on. The layers cannot take
+        # nothing, so they get a row that nobody reads.
+        x_TN, attend = x_TN.new_zeros((1, x_TN.shape[1])), _unread(attend)
+        cos, sin = (part.new_zeros((*part.shape[:-2], 1, part.shape[-1])) for part in rotary)
+        rotary = cos, sin
     x = x_TN[None]
     for layer in layers:
         out = layer(x, attention_mask=attend, position_embeddings=rotary)
         x = out[0] if isinstance(out, tuple) else out  # transformers 4 returns a tuple
-    return x[0]
+    return x[0][:rows]
+
+
+def _unread(attend: Attend) -> Attend:
+    """``attend`` without the one row that there is."""
+
+    def without(layer: int, q_1HD: Tensor, k_1GD: Tensor, v_1GD: Tensor, scale: float) -> Tensor:
+        out = attend(layer, q_1HD[:0], k_1GD[:0], v_1GD[:0], scale)
+        return torch.cat([out, out.new_zeros((1, *out.shape[1:]))])
+
+    return without
 
 
 def under_mask(layout: SegmentLayout, at: Tensor | None = None, share: Share = ALONE) -> Attend:

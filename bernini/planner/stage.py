@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bernini.errors import UserError
+from bernini.parallel.share import ALONE, Share
 
 from ..geometry import RELEASED, Geometry
 from ..media import Clip
@@ -44,13 +45,14 @@ class PlannerStage:
     Args:
         backend: attention backend of the steps, a name of ``bernini.kernels.attention``'s table or ``"auto"``.
         geometry: of the checkpoint; says which frames the vision tower sees.
+        share: ranks that plan together, each with a planner of its own.
     """
 
     def __init__(
         self, planner: Planner, tokenizer: Any, rules: VisionRules, *, backend: str = "auto",
-        geometry: Geometry = RELEASED,
+        geometry: Geometry = RELEASED, share: Share = ALONE,
     ) -> None:  # fmt: skip
-        self.planner, self.rules, self.backend, self.geometry = planner, rules, backend, geometry
+        self.planner, self.rules, self.backend, self.geometry, self.share = planner, rules, backend, geometry, share
         self.template = Template(tokenizer, planner.ticks)
 
     def target(self, frames: int, height: int, width: int, fps: float) -> Visual:
@@ -122,7 +124,9 @@ class PlannerStage:
         seen = self._see(frames)
         report("seeing", 1, 1)
         embeds = [planner.embed(talk, seen) for talk in talks.values()]
-        engine = Prefix(planner, list(talks.values()), embeds, active=len(weights), backend=self.backend)
+        engine = Prefix(
+            planner, list(talks.values()), embeds, active=len(weights), backend=self.backend, share=self.share
+        )
         if plan is None:
             filled = generate(
                 planner, engine, list(weights.values()), settings, draws,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bernini.kernels import SegmentLayout
+from bernini.parallel.share import ALONE, Share
 
 from .heads import decoder_levels
 from .model import Planner
@@ -201,11 +202,13 @@ class NextTokens:
         logits: ``[P, vocabulary]``.
         labels: int64 ``[P]``, the tokens that come.
         samples: int64 ``[P]``, whose they are.
+        counts: int64 ``[B]``, how many each sample has: on all ranks, where they share the batch.
     """
 
     logits: Tensor
     labels: Tensor
     samples: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,7 @@ class Flow:
         times: ``[K, M]``, ``1000 * sigma``.
         velocity: ``[K, M, V]``, ``noise - clean``: what the decoder is to answer.
         samples: int64 ``[M]``, whose tokens they are.
+        counts: int64 ``[B]``, how many each sample has: on all ranks, where they share the batch.
     """
 
     conditions: Tensor
@@ -227,6 +231,7 @@ class Flow:
     times: Tensor
     velocity: Tensor
     samples: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ class Outputs:
     given: tuple[Tensor | None, ...]
 
 
-def forward(planner: Planner, batch: Batch, draws: Draws, *, contexts: bool = True) -> Outputs:
+def forward(planner: Planner, batch: Batch, draws: Draws, *, contexts: bool = True, share: Share = ALONE) -> Outputs:
     """One pass of the language model over the packed batch, and the connector's heads.
 
     Text and sources never see a target, so text that is learned is predicted from a text or source token before it in
@@ -254,14 +259,17 @@ def forward(planner: Planner, batch: Batch, draws: Draws, *, contexts: bool = Tr
 
     Args:
         contexts: whether the renderer will read the states; without, no sample has a context.
+        share: ranks that run it together, with equal arguments. Where they cut the batch, a rank's predictions and
+            masked tokens are those of its rows; contexts are whole on all of them.
     """
-    positions = batch.conversation.positions.to(planner.device)
-    hidden = planner(_embeds(planner, batch, draws), positions, batch.layout)
-    nothing = (None,) * batch.layout.num_samples
+    layout, nothing = batch.layout, (None,) * batch.layout.num_samples
+    here = slice(*share.rows(layout.tokens))
+    positions = batch.conversation.positions[:, here].to(planner.device)
+    hidden = planner(_embeds(planner, batch, draws)[here], positions, layout, share)
     return Outputs(
-        _next_tokens(planner, batch, hidden, positions),
-        _flow(planner, batch, draws, hidden),
-        *(_contexts(planner, batch, draws, hidden) if contexts else (nothing, nothing)),
+        _next_tokens(planner, batch, hidden, positions, share),
+        _flow(planner, batch, draws, hidden, share),
+        *(_contexts(planner, batch, draws, hidden, share) if contexts else (nothing, nothing)),
     )
 
 
@@ -281,23 +289,33 @@ def _masked_places(layout: SegmentLayout, draws: Draws) -> Tensor:
     return torch.from_numpy(layout.target_index)[draws.masked]
 
 
-def _flow(planner: Planner, batch: Batch, draws: Draws, hidden: Tensor) -> Flow | None:
+def _owners(layout: SegmentLayout, places: Tensor) -> tuple[Tensor, Tensor]:
+    """(sample of each place, how many places each sample has)."""
+    owners = torch.from_numpy(layout.timestep_rows).long()[places]
+    return owners, torch.bincount(owners, minlength=layout.num_samples)
+
+
+def _flow(planner: Planner, batch: Batch, draws: Draws, hidden: Tensor, share: Share) -> Flow | None:
     if batch.targets is None:
         return None
     device, places = hidden.device, _masked_places(batch.layout, draws)
-    clean = batch.targets.to(device)[draws.masked.nonzero().flatten().to(device)]
+    mine = share.mine(places, batch.layout.tokens)
+    clean = batch.targets.to(device)[draws.masked.nonzero().flatten()[mine].to(device)]
     clean = clean.to(torch.promote_types(clean.dtype, torch.float32))
     # The levels are those that the sampler would take with as many steps.
     sigmas, times = decoder_levels(LEVELS, planner.config.decoder.shift, parity=False)
-    sigma, time = (torch.tensor(x, dtype=torch.float64)[draws.levels].to(clean) for x in (sigmas, times))
-    noise = draws.noise.to(clean)
+    levels = draws.levels[:, mine]
+    sigma, time = (torch.tensor(x, dtype=torch.float64)[levels].to(clean) for x in (sigmas, times))
+    noise = draws.noise[:, mine].to(clean)
     noisy = (1 - sigma[..., None]) * clean + sigma[..., None] * noise
-    owner = torch.from_numpy(batch.layout.timestep_rows).long()
-    conditions = planner.connector.for_vit(hidden[places.to(device)])
-    return Flow(conditions, clean, noisy, time, noise - clean, owner[places].to(device))
+    owners, counts = _owners(batch.layout, places)
+    conditions = planner.connector.for_vit(hidden[share.own(places, batch.layout.tokens).to(device)])
+    return Flow(conditions, clean, noisy, time, noise - clean, owners[mine].to(device), counts.to(device))
 
 
-def _next_tokens(planner: Planner, batch: Batch, hidden: Tensor, positions: Tensor) -> NextTokens | None:
+def _next_tokens(
+    planner: Planner, batch: Batch, hidden: Tensor, positions: Tensor, share: Share
+) -> NextTokens | None:  # fmt: skip
     layout = batch.layout
     text, given = (torch.zeros(layout.tokens, dtype=torch.bool) for _ in range(2))
     text[torch.from_numpy(layout.indices(layout.numbers("text")))] = True
@@ -307,12 +325,15 @@ def _next_tokens(planner: Planner, batch: Batch, hidden: Tensor, positions: Tens
     at = predicted.nonzero().flatten()
     if not len(at):
         return None
-    logits = planner.logits(hidden, positions, layout, at)
-    return NextTokens(logits, batch.conversation.ids[at + 1].to(hidden.device), owner[at].to(hidden.device))
+    logits = planner.logits(hidden, positions, layout, at, share)
+    owners, counts = _owners(layout, at)
+    mine = share.mine(at, layout.tokens)
+    labels = batch.conversation.ids[at[mine] + 1]
+    return NextTokens(logits, *(x.to(hidden.device) for x in (labels, owners[mine], counts)))
 
 
 def _contexts(
-    planner: Planner, batch: Batch, draws: Draws, hidden: Tensor
+    planner: Planner, batch: Batch, draws: Draws, hidden: Tensor, share: Share
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
     layout, tokens = batch.layout, batch.target_tokens
     in_sight, given = (torch.ones(layout.tokens, dtype=torch.bool) for _ in range(2))
@@ -325,7 +346,9 @@ def _contexts(
     ]
     if not rows:
         return (None,) * len(tokens), (None,) * len(tokens)
-    projected = planner.connector.for_gen(hidden[torch.cat(rows).to(hidden.device)])
+    whole = torch.cat(rows)
+    projected = planner.connector.for_gen(hidden[share.own(whole, layout.tokens).to(hidden.device)])
+    projected = share.gathered(projected, layout.tokens, whole)
     pieces = iter(zip(projected.split([len(part) for part in rows]), rows, strict=True))
     pairs = [next(pieces) if count else None for count in tokens]
     contexts = tuple(None if pair is None else pair[0] for pair in pairs)

@@ -14,11 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bernini.kernels import Segment, SegmentLayout, segment_phases
+from bernini.parallel.plan import clipped
+from bernini.parallel.share import ALONE, Share
+from bernini.parallel.ulysses import Ulysses
 from bernini.renderer.latents import patch_grid, patchify
 from bernini.renderer.model import Renderer
 
@@ -161,13 +166,25 @@ def _check(number: int, sample: RendererSample) -> None:
         )
 
 
-def renderer_losses(renderer: Renderer, batch: RendererBatch) -> Tensor:
+def renderer_losses(renderer: Renderer, batch: RendererBatch, share: Share = ALONE) -> Tensor:
     """``[B]``, float32 (float64 in a float64 model): the mean squared error of each sample's velocity.
 
     Gradients go to the renderer, and to the contexts where they ask for them.
+
+    Args:
+        share: ranks that have the same batch. Where they cut it, each computes its rows and its part of the means.
     """
     text = renderer.text_context(batch.context, batch.context_borders)
-    velocity = renderer(batch.tokens, batch.layout, batch.timestep, text)
+    heads, borders = renderer.config.num_attention_heads, (0, *accumulate(batch.target_tokens))
+    sp = share.plan(batch.layout, heads, heads)
+    if sp is None:
+        here = (0, borders[-1])
+        velocity = renderer(batch.tokens, batch.layout, batch.timestep, text)
+    else:
+        local, here = sp.local(share.group.rank), sp.targets.part(share.group.rank)
+        rows = batch.tokens[slice(*local.part)]
+        velocity = renderer(rows, local, batch.timestep, text, attend=Ulysses(share.group, sp))
     wide = torch.promote_types(velocity.dtype, torch.float32)
-    error = (velocity.to(wide) - batch.velocity.to(wide)).square().mean(1)
-    return torch.stack([part.mean() for part in error.split(batch.target_tokens)])
+    error = (velocity.to(wide) - batch.velocity[slice(*here)].to(wide)).square().mean(1)
+    parts = error.split(np.diff(clipped(borders, here)).tolist())
+    return torch.stack([part.sum() / count for part, count in zip(parts, batch.target_tokens, strict=True)])

@@ -82,7 +82,7 @@ class JointStage:
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
         both: Both = micro.content
         outputs = forward(self.planner, both.talk.batch, both.talk.draws)
-        found = planner_losses(self.planner, both.talk, outputs)
+        found = planner_losses(self.planner, outputs)
         if both.items:
             states = text_states(self.text.encoder, [item.text for item in both.items])
             plans = [(p, g) for p, g in zip(outputs.contexts, outputs.given, strict=True) if p is not None]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...data.example import Example
 from ...data.mixture import Mixture
+from ...planner.model import Planner
 from ...planner.training import Batch, Draws, Outputs, draw, forward, pack
 from ..conversations import sample
 from ..draws import generator
@@ -60,7 +61,7 @@ class PlannerStage:
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
         content: Content = micro.content
         outputs = forward(self.planner, content.batch, content.draws, contexts=False)
-        return planner_losses(self.planner, content, outputs)
+        return planner_losses(self.planner, outputs)
 
     def samples(self, folder: Path, step: int) -> None:
         from ..pictures import write_samples
@@ -71,13 +72,13 @@ class PlannerStage:
         write_model(self.models.start, folder, self.models.places())
 
 
-def planner_losses(planner: nn.Module, content: Content, outputs: Outputs) -> dict[str, Tensor]:
+def planner_losses(planner: Planner, outputs: Outputs) -> dict[str, Tensor]:
     """Sums by name."""
-    samples, found = content.batch.layout.num_samples, {}
+    found = {}
     if outputs.text is not None:
-        found["text"] = next_token_losses(outputs.text, samples).sum()
+        found["text"] = next_token_losses(outputs.text).sum()
     if outputs.flow is not None:
-        found["visual"] = decoder_losses(planner.vit_decoder, outputs.flow, samples).sum()  # type: ignore[arg-type]
+        found["visual"] = decoder_losses(planner.vit_decoder, outputs.flow).sum()
     return found
 
 

@@ -72,7 +72,7 @@ class UnderstandingStage:
         return Micro(content, {"text": float(len(samples))}, batch.layout.tokens, keys, picked.skipped)
 
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
-        return {"text": next_token_losses(self._answers(micro.content), micro.content.batch.layout.num_samples).sum()}
+        return {"text": next_token_losses(self._answers(micro.content)).sum()}
 
     def _answers(self, content: Content) -> NextTokens:
         batch = content.batch
