@@ -15,6 +15,7 @@ BENCHMARKS: dict[str, str] = {
     "qk_rope": "bench_perf.qk_rope",
     "modulate": "bench_perf.modulate",
     "scatter": "bench_perf.scatter",
+    "packer": "bench_perf.packer",
 }
 
 # Names that run several of them.

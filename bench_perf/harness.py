@@ -28,7 +28,7 @@ BUDGET = 3.0  # seconds of measuring for both sides together, within the limits 
 ROUNDS = (5, 40)
 BUSY = 0.05  # cores: more than this used by others, and nothing is judged
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}  # of time, per second
-COUNTED = ("TFLOP",)  # units of what is worked out and not measured: the same on every machine
+COUNTED = ("TFLOP", "GB")  # units of what is worked out and not measured: the same on every machine
 
 Sample = Callable[[Callable[[], Any], int], float]
 

@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING
 
 from .cases import Case, read_case, read_cases, to_request
 from .cli_options import Place, place, request_options
+from .cli_ranks import options, sizes, together
 from .cli_screen import Stopwatch, progress_bar, quiet_libraries, say
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from bernini.parallel.mesh import Mesh
+
     from .geometry import Geometry
     from .media import Clip
     from .pipeline import Bernini
@@ -44,20 +47,24 @@ class Job:
 
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit code."""
-    if args.inputs is not None:
-        return _run_list(args)
+    agree = {"option": options(args), "model": lambda: sizes(Path(args.model))}
+    with together(args.device, agree=agree) as mesh:
+        return _run(args, mesh) if args.inputs is None else _run_list(args, mesh)
+
+
+def _run(args: argparse.Namespace, mesh: Mesh) -> int:
     case = Case("result", {}) if args.case is None else read_case(args.case, args.case_root)
     folder = args.case is not None and args.output is not None and args.output.is_dir()
     job = _job(case, args, _about(args), folder=folder)
-    where = place(args.device, args.dtype, args.attention)
+    where = _place(args, mesh)
     quiet_libraries()
     with _enough_memory():
         job = _with_sources(job)
-        _generate(_load(args, where), where, job)
+        _generate(_load(args, where, mesh), where, job, write=mesh.first)
     return 0
 
 
-def _run_list(args: argparse.Namespace) -> int:
+def _run_list(args: argparse.Namespace, mesh: Mesh) -> int:
     """All cases of a list with one model; those that fail are told apart from the others."""
     if args.frames_dir is not None:
         raise UserError("--frames-dir is for a single result, not for --inputs")
@@ -66,7 +73,7 @@ def _run_list(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} is for a single result, not for --inputs")
     cases = read_cases(args.inputs, args.case_root)
     about = _about(args)
-    where = place(args.device, args.dtype, args.attention)
+    where = _place(args, mesh)
     failures: list[str] = []
 
     def failed(name: str, why: str) -> None:
@@ -89,11 +96,11 @@ def _run_list(args: argparse.Namespace) -> int:
         if jobs:
             quiet_libraries()
             with _enough_memory():
-                model = _load(args, where)
+                model = _load(args, where, mesh)
         for job in jobs.values():
             try:
                 with _enough_memory():
-                    _generate(model, where, _with_sources(job))
+                    _generate(model, where, _with_sources(job), write=mesh.first)
             except UserError as error:
                 failed(job.name, f"{job.name}: {error}")
             except Exception:  # a fault of ours, which the cases that wait shall not suffer from
@@ -149,12 +156,12 @@ def _job(case: Case, args: argparse.Namespace, about: tuple[bool, Geometry], *, 
     from .presets import TASKS
     from .request import settle
 
-    options = {**case.options, **request_options(args)}
-    if "prompt" not in options:
+    asked = {**case.options, **request_options(args)}
+    if "prompt" not in asked:
         raise UserError("give a --prompt, or a case file with --case")
     output: Path | None = case.output if folder or args.output is None else args.output
     still = output is not None and is_picture(output)
-    request = to_request(options, still=still)
+    request = to_request(asked, still=still)
     planner, geometry = about
     settings = settle(request, planner=planner, geometry=geometry)
     if folder and args.output is not None:
@@ -218,7 +225,14 @@ def _about(args: argparse.Namespace) -> tuple[bool, Geometry]:
     return peek(args.model, args.components)
 
 
-def _load(args: argparse.Namespace, where: Place) -> Bernini:
+def _place(args: argparse.Namespace, mesh: Mesh) -> Place:
+    """Of several processes, each has its own GPU."""
+    return place(args.device if mesh.alone else str(mesh.device), args.dtype, args.attention)
+
+
+def _load(args: argparse.Namespace, where: Place, mesh: Mesh) -> Bernini:
+    from bernini.parallel.share import LEAST, Share
+
     from .pipeline import Bernini
 
     return Bernini.from_pretrained(
@@ -228,10 +242,12 @@ def _load(args: argparse.Namespace, where: Place) -> Bernini:
         attention=where.attention,
         low_memory=args.low_memory,
         components=args.components,
+        share=Share(mesh.world, LEAST if args.share_from is None else args.share_from),
     )
 
 
-def _generate(model: Bernini, where: Place, job: Job) -> None:
+def _generate(model: Bernini, where: Place, job: Job, *, write: bool) -> None:
+    """``write``: whether this is the process that writes; the others only work."""
     from .sources import result_shape
 
     settings = job.settings
@@ -245,11 +261,11 @@ def _generate(model: Bernini, where: Place, job: Job) -> None:
     )
     with progress_bar() as progress:
         watch = Stopwatch(progress)
-        clip = model.generate(job.request, watch, partial(_write_plan, job))
+        clip = model.generate(job.request, watch, partial(_write_plan, job) if write else None)
         summary = watch.summary()
     say(f"{job.name}: {summary}")
-    for path, write in _writers(job, clip):
-        write()
+    for path, write_one in _writers(job, clip) if write else ():
+        write_one()
         frames, height, width, _ = clip.frames.shape
         print(f"{path}: {frames} frame{'s' if frames > 1 else ''} of {height}x{width}", flush=True)
 

@@ -187,6 +187,8 @@ def add_generate(parser: Parser) -> None:
     group.add_argument("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
     group.add_argument("--attention", default="auto", metavar="NAME", help="attention backend (default: auto)")
     group.add_argument("--low-memory", action="store_true", help="keep one expert in memory at a time")
+    group.add_argument("--share-from", type=count, metavar="N",
+                       help="of processes, the tokens from which on they share a sequence (default: 4096)")  # fmt: skip
 
 
 def request_options(args: argparse.Namespace) -> dict[str, Any]:
