@@ -10,15 +10,20 @@ Shapes: T packed tokens, N hidden size, H heads, G key heads, D head dim, V widt
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bernini.kernels import SegmentLayout, interval_attention
+from bernini.kernels.segments import Kind
+from bernini.parallel.packer import Modality, Packer, Producer
 from bernini.parallel.plan import Range
 from bernini.parallel.share import ALONE, Share
 
@@ -120,23 +125,32 @@ class Planner(nn.Module):
         out = self.visual(pixels.to(self.dtype), grid_thw=torch.tensor(grids, device=pixels.device))
         return getattr(out, "pooler_output", out)  # transformers 5 returns an object, 4 the tensor
 
-    def embed(self, conversation: Conversation, sources: Tensor | None, targets: Tensor | None = None) -> Tensor:
-        """Input embeddings of a conversation, ``[T, N]``.
+    def embed(
+        self, conversation: Conversation, sources: Tensor | None, targets: Modality | None = None,
+        share: Share = ALONE,
+    ) -> Tensor:  # fmt: skip
+        """Input embeddings of a conversation, ``[T, N]``, or of this rank's part of it.
 
         Args:
             sources: ViT embeddings of all source tokens in order.
-            targets: what stands at the target's positions; the mask embedding by default.
+            targets: what stands at the target's positions, as :mod:`bernini.parallel.packer` takes it; the mask
+                embedding by default.
+            share: the ranks that have the same conversation.
         """
         layout = conversation.layout
-        embeds = self.text.embed_tokens(conversation.ids.to(self.device))
-        here = layout.on(self.device)
-        own = here.index(*layout.numbers("source"))
-        if sources is not None and len(own):
-            embeds = embeds.index_copy(0, own, sources.to(embeds))
-        if len(here.target_index):
-            rows = self.mask_embedding.expand(len(here.target_index), -1) if targets is None else targets
-            embeds = embeds.index_copy(0, here.target_index, rows.to(embeds))
-        return embeds
+        packer = Packer(layout, share.rows(layout.tokens))
+
+        def read(kind: Kind) -> Producer:
+            ids = conversation.ids[torch.from_numpy(layout.indices(layout.numbers(kind)))]
+            return lambda start, stop: self.text.embed_tokens(ids[start:stop].to(self.device))
+
+        modalities: dict[Kind, Modality] = {"text": read("text")}
+        modalities["source"] = read("source") if sources is None else sources.to(self.device)
+        modalities["target"] = (lambda a, b: self.mask_embedding.expand(b - a, -1)) if targets is None else targets
+        modalities = {kind: modality for kind, modality in modalities.items() if layout.numbers(kind)}
+        return packer.pack(
+            modalities, self.mask_tokens.shape[-1], dtype=self.dtype, device=self.device, touch=("text", "target")
+        )
 
     def hidden(self, embeds_TN: Tensor, positions_3T: Tensor, attend: Attend, at: Tensor | None = None) -> Tensor:
         """``hidden_states[-2]``, ``[T, N]``: the output of the last layer but one.
@@ -249,15 +263,27 @@ def under_mask(layout: SegmentLayout, at: Tensor | None = None, share: Share = A
     queries = layout.tokens if at is None else len(at)
     masks: dict[Range, tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]] = {}
 
+    def intervals(rows: Range) -> list[NDArray[np.int32]]:
+        some = slice(*rows) if at is None else at[slice(*rows)].numpy()
+        starts, ends, second = layout.intervals
+        return [array[some] for array in (starts, ends, *(second or ()))]
+
+    @functools.cache
+    def seen(rows: Range) -> Range:
+        """Keys between the first and the last that these of the queries see; all where everything is here."""
+        if not share.cuts(layout.tokens):
+            return 0, layout.tokens
+        starts, *ends = (array for n, array in enumerate(intervals(rows)) if n != 2)
+        return (int(starts.min()), int(max(array.max() for array in ends))) if len(starts) else (0, 0)
+
     def mask(rows: Range, device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Intervals of these of the queries: copied once, not once for every layer."""
         if at is None and rows == (0, queries):
             return layout.on(device).intervals
         if rows not in masks:
-            some = slice(*rows) if at is None else at[slice(*rows)].numpy()
-            starts, ends, second = layout.intervals
-            arrays = (starts[some], ends[some], *(() if second is None else (second[0][some], second[1][some])))
-            first, last, *pair = (torch.from_numpy(array.copy()).to(device) for array in arrays)
+            # Counted from the first key that is here; those without a second interval keep their 0, 0.
+            here = [(array - seen(rows)[0]).clip(0) for array in intervals(rows)]
+            first, last, *pair = (torch.from_numpy(array).to(device) for array in here)
             masks[rows] = first, last, (pair[0], pair[1]) if pair else None
         return masks[rows]
 
@@ -268,7 +294,7 @@ def under_mask(layout: SegmentLayout, at: Tensor | None = None, share: Share = A
 
         if not share.cuts(layout.tokens):
             return run(q_THD, k_SGD, v_SGD, (0, queries))
-        return share.attend(q_THD, k_SGD, v_SGD, run, layout.tokens, at)
+        return share.attend(q_THD, k_SGD, v_SGD, run, layout.tokens, at, seen)
 
     return attend
 

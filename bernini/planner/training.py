@@ -263,9 +263,8 @@ def forward(planner: Planner, batch: Batch, draws: Draws, *, contexts: bool = Tr
             masked tokens are those of its rows; contexts are whole on all of them.
     """
     layout, nothing = batch.layout, (None,) * batch.layout.num_samples
-    here = slice(*share.rows(layout.tokens))
-    positions = batch.conversation.positions[:, here].to(planner.device)
-    hidden = planner(_embeds(planner, batch, draws)[here], positions, layout, share)
+    positions = batch.conversation.positions[:, slice(*share.rows(layout.tokens))].to(planner.device)
+    hidden = planner(_embeds(planner, batch, draws, share), positions, layout, share)
     return Outputs(
         _next_tokens(planner, batch, hidden, positions, share),
         _flow(planner, batch, draws, hidden, share),
@@ -276,13 +275,17 @@ def forward(planner: Planner, batch: Batch, draws: Draws, *, contexts: bool = Tr
 # What goes where is worked out on the host: reading a mask back would wait for the device.
 
 
-def _embeds(planner: Planner, batch: Batch, draws: Draws) -> Tensor:
-    """``[T, V]``, the masked targets replaced."""
-    seen = None
-    if batch.targets is not None:
-        masked, clean = draws.masked.to(planner.device), batch.targets.to(planner.device, planner.dtype)
-        seen = torch.where(masked[:, None], planner.mask_embedding, clean)
-    return planner.embed(batch.conversation, batch.sources, seen)
+def _embeds(planner: Planner, batch: Batch, draws: Draws, share: Share) -> Tensor:
+    """``[T, V]`` of this rank's rows, the masked targets replaced."""
+    targets = batch.targets
+    if targets is None:
+        return planner.embed(batch.conversation, batch.sources, share=share)
+
+    def seen(start: int, stop: int) -> Tensor:
+        masked = draws.masked[start:stop, None].to(planner.device)
+        return torch.where(masked, planner.mask_embedding, targets[start:stop].to(planner.device, planner.dtype))
+
+    return planner.embed(batch.conversation, batch.sources, seen, share)
 
 
 def _masked_places(layout: SegmentLayout, draws: Draws) -> Tensor:

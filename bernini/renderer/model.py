@@ -55,7 +55,7 @@ class SelfAttend(Protocol):
     they have another one of these (``bernini.parallel.ulysses.Ulysses``); the model does not know."""
 
     def __call__(
-        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: Layout, norm: QKNorm, rounding: str, backend: str
+        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: Layout, norm: QKNorm, rounding: str, backend: str, /
     ) -> Tensor: ...
 
 

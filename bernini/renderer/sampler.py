@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bernini.kernels import SegmentLayout, guide, scatter_rows
+from bernini.parallel.packer import Packer
 from bernini.parallel.plan import Cut, LocalLayout
 from bernini.parallel.share import ALONE, Share
 from bernini.parallel.ulysses import Ulysses
@@ -229,11 +230,10 @@ def _input(
     """``sources`` by the number of their segment."""
     sp = share.plan(layout, heads, heads)
     rank = share.group.rank
-    local = LocalLayout(layout, (0, layout.tokens)) if sp is None else sp.local(rank)
-    tokens = latent.new_zeros(local.tokens, latent.shape[-1])
-    for number, of_segment, here in local.pieces:
-        if number in sources:
-            tokens[here] = sources[number][of_segment].to(latent.dtype)
+    packer = Packer(layout, None if sp is None else sp.cut.part(rank))
+    tokens = latent.new_zeros(packer.tokens, latent.shape[-1])
+    packer.write(tokens, {"source": [sources[number] for number in layout.numbers("source")]})
     if sp is None:
         return _Input(layout, tokens, text)
-    return _Input(local, tokens, text, slice(*sp.targets.part(rank)), Ulysses(share.group, sp), sp.targets)
+    here = slice(*packer.rows("target"))
+    return _Input(sp.local(rank), tokens, text, here, Ulysses(share.group, sp), sp.targets)

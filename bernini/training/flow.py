@@ -12,8 +12,10 @@ Source: facts of the released model, section F. Shapes: C channels, T H W of a l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor
 
 from bernini.kernels import Segment, SegmentLayout, segment_phases
-from bernini.parallel.plan import clipped
+from bernini.parallel.packer import Box, Packer, Producer, from_boxes
+from bernini.parallel.plan import SPPlan, clipped
 from bernini.parallel.share import ALONE, Share
 from bernini.parallel.ulysses import Ulysses
 from bernini.renderer.latents import patch_grid, patchify
@@ -88,11 +91,11 @@ class RendererSample:
 
 @dataclass(frozen=True)
 class RendererBatch:
-    """Samples in a row.
+    """Samples in a row. Where ranks share it, tokens and velocity are of this rank's rows.
 
     Args:
         tokens: ``[tokens, P]`` in layout order, the targets noisy.
-        layout: of each sample the sources, then the target.
+        layout: of each sample the sources, then the target; always the whole.
         timestep: ``[B]``.
         context: ``[L, text_dim]``, one sample's behind the other's.
         context_borders: B+1.
@@ -121,8 +124,13 @@ class RendererBatch:
         )
 
 
-def pack_renderer(samples: Sequence[RendererSample], patch_size: tuple[int, int, int]) -> RendererBatch:
+def pack_renderer(
+    samples: Sequence[RendererSample], patch_size: tuple[int, int, int], share: Share = ALONE
+) -> RendererBatch:
     """Mixes the targets with their noise and puts the samples in a row.
+
+    Args:
+        share: ranks that have the same samples. Where they cut the row, each makes the patches of its own part.
 
     Raises:
         ValueError: no samples, or one whose parts do not fit each other or the patch size.
@@ -130,22 +138,45 @@ def pack_renderer(samples: Sequence[RendererSample], patch_size: tuple[int, int,
     if not samples:
         raise ValueError("pack_renderer: needs at least one sample")
     segments: list[Segment] = []
-    tokens, velocity, borders = [], [], [0]
+    sources, noisy, answers = list[Producer](), list[Producer](), list[Producer]()
+    borders = [0]
+
+    def patches(of: Callable[[Box], Tensor], grid: tuple[int, int, int]) -> Producer:
+        return from_boxes(grid, lambda box: patchify(of(box), patch_size))
+
     for number, sample in enumerate(samples):
         _check(number, sample)
         phases = segment_phases(len(sample.sources)) if sample.phases is None else sample.phases
         for source, phase in zip(sample.sources, phases, strict=True):
-            segments.append(Segment("source", patch_grid(tuple(source.shape), patch_size), phase, number))
-            tokens.append(patchify(source, patch_size))
-        segments.append(Segment("target", patch_grid(tuple(sample.target.shape), patch_size), sample=number))
-        tokens.append(patchify(mix(sample.target, sample.noise, sample.sigma), patch_size))
-        velocity.append(patchify(sample.noise - sample.target, patch_size))
+            grid = patch_grid(tuple(source.shape), patch_size)
+            segments.append(Segment("source", grid, phase, number))
+            sources.append(patches(partial(_cropped, patch_size, source), grid))
+        grid = patch_grid(tuple(sample.target.shape), patch_size)
+        segments.append(Segment("target", grid, sample=number))
+        noisy.append(patches(partial(_noisy, patch_size, sample), grid))
+        answers.append(patches(partial(_answer, patch_size, sample), grid))
         borders.append(borders[-1] + len(sample.context))
-    packed = torch.cat(tokens)
-    wide = torch.promote_types(packed.dtype, torch.float32)
-    times = torch.tensor([float(sample.timestep) for sample in samples], dtype=wide, device=packed.device)
+    layout, target = SegmentLayout(segments), samples[0].target
+    packer = Packer(layout, share.rows(layout.tokens))
+    values, dtype, device = target.shape[0] * math.prod(patch_size), target.dtype, target.device
+    tokens = packer.pack({"source": sources, "target": noisy}, values, dtype=dtype, device=device)
+    velocity = packer.take("target", answers, values, dtype=dtype, device=device)
+    wide = torch.promote_types(target.dtype, torch.float32)
+    times = torch.tensor([float(sample.timestep) for sample in samples], dtype=wide, device=target.device)
     context = torch.cat([sample.context for sample in samples])
-    return RendererBatch(packed, SegmentLayout(segments), times, context, tuple(borders), torch.cat(velocity))
+    return RendererBatch(tokens, layout, times, context, tuple(borders), velocity)
+
+
+def _cropped(patch_size: tuple[int, int, int], latent: Tensor, box: Box) -> Tensor:
+    return box.crop(latent, patch_size)
+
+
+def _noisy(patch_size: tuple[int, int, int], sample: RendererSample, box: Box) -> Tensor:
+    return mix(box.crop(sample.target, patch_size), box.crop(sample.noise, patch_size), sample.sigma)
+
+
+def _answer(patch_size: tuple[int, int, int], sample: RendererSample, box: Box) -> Tensor:
+    return box.crop(sample.noise, patch_size) - box.crop(sample.target, patch_size)
 
 
 def _check(number: int, sample: RendererSample) -> None:
@@ -172,19 +203,18 @@ def renderer_losses(renderer: Renderer, batch: RendererBatch, share: Share = ALO
     Gradients go to the renderer, and to the contexts where they ask for them.
 
     Args:
-        share: ranks that have the same batch. Where they cut it, each computes its rows and its part of the means.
+        share: what the batch was packed with. Where ranks cut it, each computes its rows and its part of the means.
     """
     text = renderer.text_context(batch.context, batch.context_borders)
-    heads, borders = renderer.config.num_attention_heads, (0, *accumulate(batch.target_tokens))
-    sp = share.plan(batch.layout, heads, heads)
-    if sp is None:
-        here = (0, borders[-1])
-        velocity = renderer(batch.tokens, batch.layout, batch.timestep, text)
+    borders = (0, *accumulate(batch.target_tokens))
+    if share.cuts(batch.layout.tokens):
+        rank, heads = share.group.rank, renderer.config.num_attention_heads
+        sp = SPPlan.make(batch.layout, heads, heads, share.group.size)
+        local, here = sp.local(rank), sp.targets.part(rank)
+        velocity = renderer(batch.tokens, local, batch.timestep, text, attend=Ulysses(share.group, sp))
     else:
-        local, here = sp.local(share.group.rank), sp.targets.part(share.group.rank)
-        rows = batch.tokens[slice(*local.part)]
-        velocity = renderer(rows, local, batch.timestep, text, attend=Ulysses(share.group, sp))
+        here, velocity = (0, borders[-1]), renderer(batch.tokens, batch.layout, batch.timestep, text)
     wide = torch.promote_types(velocity.dtype, torch.float32)
-    error = (velocity.to(wide) - batch.velocity[slice(*here)].to(wide)).square().mean(1)
+    error = (velocity.to(wide) - batch.velocity.to(wide)).square().mean(1)
     parts = error.split(np.diff(clipped(borders, here)).tolist())
     return torch.stack([part.sum() / count for part, count in zip(parts, batch.target_tokens, strict=True)])

@@ -79,7 +79,8 @@ def test_the_renderers_loss_and_gradients(ranks: int) -> None:
     wanted = gradients(whole.sum(), model)
 
     def work(group: Group) -> tuple[Tensor, list[Tensor]]:
-        losses = renderer_losses(model, batch, cut(group))
+        share = cut(group)
+        losses = renderer_losses(model, pack_renderer(latents(1), (1, 2, 2), share), share)
         return losses.detach(), gradients(losses.sum(), model)
 
     parts = simulate(ranks, work)
