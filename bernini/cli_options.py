@@ -6,6 +6,7 @@ Importing this loads no heavy library, so that ``--help`` and a mistyped option 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        # All of several processes were given the same; the first of them says what is wrong with it.
+        silent = os.environ.get("RANK", "0") != "0"
+        self.exit(2, "" if silent else f"{self.prog}: error: {message}\n")
 
     def options(self) -> list[str]:
         return [option for action in self._actions for option in action.option_strings]

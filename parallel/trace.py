@@ -1,0 +1,363 @@
+"""What ranks ask of each other, noted and compared: ranks that disagree end with a sentence instead of waiting forever.
+
+Every call with the same ranks has a number, and running checksums of what it was: of its kind and caller, which all
+ranks have in common, and of the messages to and from each other rank, which two of them have in common. Checksums
+include all calls before, so one look at the last call that two ranks both made tells whether they ever disagreed, and
+a look at any time is right: ranks may be far apart, and what one reads of another may be old.
+
+In one process (:func:`simulate`) ranks look at each other before each call. Between processes nobody waits for it:
+:mod:`bernini.parallel.watch` publishes the notes of a rank that has not moved for half a second, and looks at the
+others'.
+
+Source: facts on systems, section 4.3 (a collective-trace checker that compares ranks and fails fast).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from types import CodeType
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from . import group as groups
+from .group import Group, Message
+
+KEPT = 32
+"""How many of the last calls are kept in words. Checksums remember all."""
+
+
+class Note(NamedTuple):
+    """A message without its content."""
+
+    rank: int
+    dtype: str
+    shape: tuple[int, ...]
+    elements: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+class Mismatch(RuntimeError):
+    """Ranks do not ask the same of each other. The message says which rank did what, at which call."""
+
+
+class Call(NamedTuple):
+    """
+    Args:
+        number: from 1, among the calls with the same ranks.
+        what: kind and caller.
+        common: checksum of kinds and callers up to here.
+        sent, received: checksums of messages up to here, for each member.
+        sends, receives: this call's messages.
+        needs: members that have to make this call before it can end.
+    """
+
+    number: int
+    what: str
+    common: int
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    sends: tuple[Note, ...]
+    receives: tuple[Note, ...]
+    needs: tuple[int, ...]
+
+    def told(self, peer: int) -> str:
+        """In words, as far as it concerns one other rank."""
+        words = [self.what]
+        for way, notes in (("sends it", self.sends), ("expects from it", self.receives)):
+            if found := [str(note) for note in notes if note.rank == peer]:
+                words.append(f"{way} {' and '.join(found)}")
+        return ", ".join(words)
+
+    @classmethod
+    def read(cls, plain: list[Any]) -> Call:
+        """From JSON."""
+        call = cls(*map(_frozen, plain))
+        return call._replace(sends=_notes(call.sends), receives=_notes(call.receives))
+
+
+@dataclass(frozen=True)
+class View:
+    """What a rank's notes were at some time.
+
+    Args:
+        members: ranks that work together, as numbered in the world.
+        rank: the one whose notes these are, among the members.
+        calls: the last ones.
+        inside: whether the last call has not ended.
+        ended: whether there will be no more.
+    """
+
+    members: tuple[int, ...]
+    rank: int
+    calls: tuple[Call, ...] = ()
+    inside: bool = False
+    ended: bool = False
+
+    @property
+    def number(self) -> int:
+        """Of the last call."""
+        return self.calls[-1].number if self.calls else 0
+
+    @property
+    def who(self) -> str:
+        return f"rank {self.members[self.rank]}"
+
+    @property
+    def where(self) -> str:
+        """The last call in words."""
+        return f"call {self.number}, {self.calls[-1].what}" if self.calls else ""
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**self.__dict__, "calls": [list(call) for call in self.calls]}
+
+    @classmethod
+    def read(cls, plain: dict[str, Any]) -> View:
+        calls = tuple(map(Call.read, plain["calls"]))
+        return cls(**{**plain, "members": tuple(plain["members"]), "calls": calls})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _notes(plain: Iterable[Any]) -> tuple[Note, ...]:
+    return tuple(Note(*note) for note in plain)
+
+
+def compare(one: View, other: View) -> str | None:
+    """What two ranks that work together disagree in, in words; ``None`` as long as they do not.
+
+    One may be behind the other. That is a difference only if it has ended.
+    """
+    if one.ended and not other.ended:
+        one, other = other, one
+    if other.ended and one.number > other.number:
+        return (
+            f"{one.who} is in {one.where}, while {other.who} has ended after {other.number} "
+            f"call{'' if other.number == 1 else 's'}"
+        )
+    mine, theirs = ({call.number: call for call in view.calls} for view in (one, other))
+    both = sorted(mine.keys() & theirs.keys())
+    differ = [number for number in both[-1:] if _differ(mine[number], theirs[number], one.rank, other.rank)]
+    if not differ:
+        return None
+    first = next(number for number in both if _differ(mine[number], theirs[number], one.rank, other.rank))
+    before = " or before it" if first == both[0] and first > 1 else ""
+    return (
+        f"ranks disagree in call {first}{before}: "
+        f"{one.who} is in {mine[first].told(other.rank)}; {other.who} is in {theirs[first].told(one.rank)}"
+    )
+
+
+def _differ(call: Call, other: Call, rank: int, peer: int) -> bool:
+    return (
+        call.common != other.common
+        or call.sent[peer] != other.received[rank]
+        or call.received[peer] != other.sent[rank]
+    )
+
+
+def circle(views: Mapping[int, Sequence[View]], start: int) -> list[View]:
+    """Ranks that wait for each other in different groups, each for the next and the last for the first.
+
+    Args:
+        views: by rank in the world, of one and the same moment.
+        start: whence to look.
+
+    Returns:
+        the call that each is in; empty if there is no such circle.
+    """
+
+    def walk(rank: int, path: list[tuple[int, View]]) -> list[View]:
+        seen = [at for at, _ in path]
+        if rank in seen:
+            return [view for _, view in path[seen.index(rank) :]]
+        inside = next((view for view in views.get(rank, ()) if view.inside), None)
+        if inside is None:
+            return []
+        for need in inside.calls[-1].needs:
+            other = inside.members[need]
+            if _behind(views.get(other, ()), inside) and (found := walk(other, [*path, (rank, inside)])):
+                return found
+        return []
+
+    return walk(start, [])
+
+
+def _behind(views: Iterable[View], call: View) -> bool:
+    return any(view.members == call.members and view.number < call.number for view in views)
+
+
+class Trace:
+    """A rank's notes of its calls with others.
+
+    Args:
+        members: ranks that work together, as numbered in the world.
+        rank: the own one, among the members.
+    """
+
+    def __init__(self, members: Sequence[int], rank: int) -> None:
+        self.members, self.rank = tuple(members), rank
+        self.moves = 0
+        """Grows with every beginning and end of a call."""
+        self.ended = False
+        self._lock = threading.Lock()
+        self._calls: deque[Call] = deque(maxlen=KEPT)
+        self._inside, self._number, self._common = False, 0, 0
+        self._sent, self._received = [0] * len(members), [0] * len(members)
+
+    def begin(self, kind: str, sends: Sequence[Note], receives: Sequence[Note], everyone: bool) -> None:
+        """Notes a call.
+
+        Args:
+            sends, receives: messages; those without elements are left out, as nobody sends them.
+            everyone: whether all ranks have to make the call before it ends, or only those that messages come from.
+        """
+        compared, what = _caller(kind)
+        sends, receives = (tuple(note for note in notes if note.elements) for notes in (sends, receives))
+        with self._lock:
+            self._number += 1
+            self.moves += 1
+            self._inside = True
+            self._common = hash((self._common, compared))
+            for sums, notes in ((self._sent, sends), (self._received, receives)):
+                for rank, dtype, _, elements in notes:
+                    sums[rank] = hash((sums[rank], self._number, _KINDS[dtype], elements))
+            needs = dict.fromkeys(range(len(self.members)) if everyone else [note.rank for note in receives])
+            needs.pop(self.rank, None)
+            sums_now = tuple(self._sent), tuple(self._received)
+            self._calls.append(Call(self._number, what, self._common, *sums_now, sends, receives, tuple(needs)))
+
+    def end(self) -> None:
+        """The call that was begun has ended."""
+        with self._lock:
+            self.moves += 1
+            self._inside = False
+
+    def view(self, last: int = KEPT) -> View:
+        """The notes as they are now, with so many of the last calls."""
+        with self._lock:
+            calls = tuple(self._calls)[-last:]
+            return View(self.members, self.rank, calls, self._inside, self.ended)
+
+
+_HERE = __name__.rpartition(".")[0]
+_CALLERS: dict[tuple[str | CodeType, ...], tuple[int, str]] = {}
+
+
+def _caller(kind: str) -> tuple[int, str]:
+    """(a number for what all ranks have in common, what people read) of who calls a group.
+
+    Compared are the functions of this package on the way to the group. What called those may differ: a rank without
+    samples gets there by another way.
+    """
+    frame = sys._getframe(3)  # behind this, begin and Checked
+    codes, names = [frame.f_code], [frame.f_globals.get("__name__", "")]
+    while frame.f_back is not None and names[-1].startswith(_HERE) and len(codes) < 4:
+        frame = frame.f_back
+        codes.append(frame.f_code)
+        names.append(frame.f_globals.get("__name__", ""))
+    key: tuple[str | CodeType, ...] = (kind, *codes)
+    if key not in _CALLERS:
+        labels = [f"{name.rpartition('.')[2]}.{code.co_qualname}" for name, code in zip(names, codes, strict=True)]
+        inner = [label for name, label in zip(names, labels, strict=True) if name.startswith(_HERE)]
+        told = f"{kind} by {' < '.join(labels)}".replace("<locals>.", "")
+        _CALLERS[key] = crc32(f"{kind} {inner}".encode()), told
+    return _CALLERS[key]
+
+
+# Numbers, not texts, are hashed: texts hash differently in every process.
+_DTYPES = {dtype: str(dtype)[6:] for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_KINDS = {name: crc32(name.encode()) for name in _DTYPES.values()}
+
+
+def _noted(messages: Sequence[Message]) -> list[Note]:
+    return [Note(rank, _DTYPES[tensor.dtype], tensor.shape, tensor.numel()) for rank, tensor in messages]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A group whose calls are noted.
+
+    Args:
+        group: does what is asked.
+        trace: where it is noted.
+        look: called with every call noted and before it is done; raises if the run is over.
+        name: of the group.
+    """
+
+    group: Group
+    trace: Trace
+    look: Callable[[], None]
+    name: str = "group"
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank
+
+    @property
+    def size(self) -> int:
+        return self.group.size
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        self.trace.begin(f"{self.name}.exchange", _noted(sends), _noted(receives), everyone=False)
+        self.look()
+        self.group.exchange(sends, receives)
+        self.trace.end()
+
+    def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        dtype, rest = _DTYPES[rows.dtype], tuple(rows.shape[1:])
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        sends = [Note(rank, dtype, rows.shape, rows.numel()) for rank in others]
+        receives = [Note(rank, dtype, (sizes[rank], *rest), sizes[rank] * prod(rest)) for rank in others]
+        self.trace.begin(f"{self.name}.gather", sends, receives, everyone=False)
+        self.look()
+        whole = self.group.gather(rows, sizes)
+        self.trace.end()
+        return whole
+
+    def tell(self, thing: Any) -> list[Any]:
+        self.trace.begin(f"{self.name}.tell", (), (), everyone=True)
+        self.look()
+        found = self.group.tell(thing)
+        self.trace.end()
+        return found
+
+
+def simulate(size: int, work: Callable[[Group], Any]) -> list[Any]:
+    """:func:`bernini.parallel.group.simulate` with ranks that are compared before each call: nothing hangs.
+
+    Raises:
+        Mismatch: ranks do not ask the same of each other.
+        Exception: the first that a rank raised.
+    """
+    traces = [Trace(range(size), rank) for rank in range(size)]
+    one_looks = threading.Lock()
+
+    def look(rank: int) -> None:
+        # Both of two ranks that disagree are noted before they look, so the later one sees it.
+        with one_looks:
+            own = traces[rank].view()
+            for other in traces:
+                if other.rank != rank and (said := compare(own, other.view())):
+                    raise Mismatch(said)
+
+    def checked(group: Group) -> Any:
+        trace = traces[group.rank]
+        result = work(Checked(group, trace, lambda: look(trace.rank)))
+        trace.ended = True
+        look(trace.rank)
+        return result
+
+    return groups.simulate(size, checked)
