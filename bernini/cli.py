@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where ``inspect`` or ``doctor`` found something broken, 2 for bad use or bad input, 130 when
         interrupted.
     """
+    if "RANK" in os.environ:  # one of several processes: without the C++ stacks of those who lose each other
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser, commands = _parsers()
     args = parse(parser, commands, sys.argv[1:] if argv is None else argv)
     try:
