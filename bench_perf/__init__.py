@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, str] = {
     "modulate": "bench_perf.modulate",
     "scatter": "bench_perf.scatter",
     "packer": "bench_perf.packer",
+    "ulysses": "bench_perf.ulysses",
 }
 
 # Names that run several of them.

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_options import positive
+from .cli_ranks import options, sizes, together
 from .cli_screen import quiet_libraries, say
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from .parallel.mesh import Mesh
     from .training.recipe import Recipe
     from .training.trainer import Progress
 
@@ -23,7 +25,8 @@ def add(commands: Any) -> None:
     train = commands.add_parser(
         "train", help="train a stage by a recipe",
         description="Trains by a recipe: a TOML file, or the name of one that ships with the package. A run that was "
-        "stopped goes on from its last checkpoint; at the end the model is written to OUTPUT/model.",
+        "stopped goes on from its last checkpoint; at the end the model is written to OUTPUT/model. Several processes "
+        "train together under torchrun: torchrun --nproc-per-node 8 -m bernini train RECIPE.",
     )  # fmt: skip
     train.add_argument(
         "recipe", nargs="?", metavar="RECIPE", help="a file or a name; without one, the names are listed"
@@ -45,19 +48,29 @@ def run(args: argparse.Namespace) -> int:
     chosen = recipes.load(args.recipe, args.overrides)
     if args.rehearse:
         return _rehearse(chosen)
+    agree = {"option": options(args), "recipe": chosen.to_dict(), "model": lambda: sizes(Path(chosen.model))}
+    with together(args.device, sequence=chosen.sequence, agree=agree) as mesh:
+        return _train(args, chosen, mesh)
+
+
+def _train(args: argparse.Namespace, chosen: Recipe, mesh: Mesh) -> int:
     _check_tensorboard()
     quiet_libraries()
+    from .parallel.patience import patiently
     from .training.stages import make_stage
     from .training.trainer import MODEL, Trainer
 
-    stage = make_stage(chosen, device=args.device)
+    # Of several processes each opens the models in its host's memory, and takes its part from there.
+    place = args.device if mesh.alone else "cpu"
+    stage = patiently(mesh.world, lambda: make_stage(chosen, place, mesh))
+    counts = {
+        part: sum(p.numel() for p in module.parameters() if p.requires_grad) for part, module in stage.parts.items()
+    }
     with _screen(chosen.log_every) as report:
-        trainer = Trainer(chosen, stage, report=report, note=say)
-        sizes = {
-            part: sum(p.numel() for p in module.parameters() if p.requires_grad) for part, module in stage.parts.items()
-        }
-        trained = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in sizes.items())
-        say(f"stage {chosen.stage}: training {trained} parameters, {chosen.steps} steps")
+        trainer = Trainer(chosen, stage, mesh=mesh, report=report, note=say)
+        trained = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in counts.items())
+        ranks = "" if mesh.alone else f", {mesh.world.size} processes"
+        say(f"stage {chosen.stage}: training {trained} parameters, {chosen.steps} steps{ranks}")
         until = None if args.minutes is None else time.monotonic() + 60 * args.minutes
         done = trainer.train(until=until)
     if done:

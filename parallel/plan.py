@@ -2,9 +2,9 @@
 
 Tokens are cut into consecutive ranges, one per rank; a segment may cross a border. For attention, P ranks are P / U
 rows of U: within a row (the ranks of one *gather group*) queries are swapped for heads, so that a rank has its row's
-queries of one band of heads; keys and values of that band come from all ranks.
+queries of one band of heads; keys and values of that band, as far as these queries see them, come from all ranks.
 
-    (28, 4) heads on 8 ranks: U = 4, two rows; a rank has 7 query heads and 1 key head, half of the queries, all keys
+    (28, 4) heads on 8 ranks: U = 4, two rows; a rank has 7 query heads and 1 key head, half of the queries, their keys
 
 Every rank then has the same number of heads and, up to one token per rank, of queries. What it receives is what it
 reads: nothing is sent twice to one receiver.
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,12 +172,22 @@ class SPPlan:
         """Which ranks have which target tokens."""
         return Cut.chosen(self.layout.target_index, self.cut)
 
-    def borders(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(``cu_seqlens_q``, ``cu_seqlens_k``) of the attention that this rank computes: its row's queries, all keys.
+    def reads(self, rank: int) -> Range:
+        """Keys of the attention that this rank computes: all tokens of the samples that its row has queries of."""
+        start, stop = self.cut.of_row(self.heads.row(rank))
+        borders = np.asarray(self.layout.cu_seqlens)
+        if start == stop:
+            return 0, 0
+        first, last = np.searchsorted(borders, start, "right") - 1, np.searchsorted(borders, stop)
+        return int(borders[first]), int(borders[last])
 
-        A sample without queries here keeps its keys and has an empty range of queries.
+    def borders(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(``cu_seqlens_q``, ``cu_seqlens_k``) of the attention that this rank computes: its row's queries, their keys.
+
+        A sample without queries here is empty in both.
         """
-        return clipped(self.layout.cu_seqlens, self.cut.of_row(self.heads.row(rank))), self.layout.cu_seqlens
+        borders = self.layout.cu_seqlens
+        return clipped(borders, self.cut.of_row(self.heads.row(rank))), clipped(borders, self.reads(rank))
 
     def intervals(self, rank: int) -> Intervals:
         """The hybrid mask of this rank's queries; keys are numbered as in the whole sequence."""
@@ -187,6 +197,10 @@ class SPPlan:
         return Intervals(starts[start:stop], ends[start:stop], pair if pair and pair[1].any() else None)
 
 
+@overload
+def clipped(borders: Range, part: Range) -> Range: ...
+@overload
+def clipped(borders: Sequence[int], part: Range) -> tuple[int, ...]: ...
 def clipped(borders: Sequence[int], part: Range) -> tuple[int, ...]:
     """Borders of the same sequences within a part of the rows, counted from its start."""
     start, stop = part

@@ -6,6 +6,7 @@ it as one process would; so one process, short sequences and long ones are the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -53,18 +54,22 @@ class Share:
         return at[self.mine(at, tokens)] - self.rows(tokens)[0]
 
     def attend(
-        self, q_tHD: Tensor, k_tGD: Tensor, v_tGD: Tensor, run: Run, tokens: int, at: Tensor | None = None
-    ) -> Tensor:
+        self, q_tHD: Tensor, k_tGD: Tensor, v_tGD: Tensor, run: Run, tokens: int, at: Tensor | None = None,
+        seen: Callable[[Range], Range] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention of the own rows of a sequence that is cut; see :func:`bernini.parallel.ulysses.attend`.
 
         Args:
             tokens: of the sequence.
             at: int64 on the host, ascending: the rows that have queries, all by default. Keys come from all rows.
+            seen: of some of the queries, the keys between the first and the last that they see; ``run`` gets those. All
+                keys by default.
         """
         kv = Cut.even(tokens, self.group.size)
         q = kv if at is None else Cut.chosen(at.numpy(), kv)
         heads = Heads.shared(q_tHD.shape[1], k_tGD.shape[1], self.group.size)
-        return attend(Swap(self.group, heads, q, kv), q_tHD, k_tGD, v_tGD, run)
+        reads = None if seen is None else tuple(seen(q.of_row(heads.row(rank))) for rank in range(heads.ranks))
+        return attend(Swap(self.group, heads, q, kv, reads), q_tHD, k_tGD, v_tGD, run)
 
     def gathered(self, own: Tensor, tokens: int, at: Tensor | None = None) -> Tensor:
         """The rows ``at`` of a sequence on every rank, from what each has of them; differentiable.

@@ -3,9 +3,11 @@
     q k v of the own tokens, all heads  ->  one exchange  ->  q of the row's tokens, k v of all tokens, own heads
     attention                           ->  one exchange  ->  results of the own tokens, all heads
 
-Backward runs the same two exchanges the other way. Sizes come from the plan, so nobody asks for them. Queries and keys
-are written by the norm-and-rotation kernel where they are sent from, and received where attention reads them; values
-are copied once, and so are results. Gradients of keys that several ranks read are added in the order of the ranks.
+Backward runs the same two exchanges the other way. Sizes come from the plan, so nobody asks for them. A rank is sent
+the queries that it attends for and the keys that these see, once each. Nothing is copied more than once on its way:
+queries and keys are written by the norm-and-rotation kernel where they are sent from, and received where attention
+reads them; values are copied before they are sent, results and gradients when they have come. Gradients of keys that
+several ranks read are added in the order of the ranks.
 
 Shapes: t own tokens, T queries of a row of ranks, S all keys, H query heads, G key heads, D head dim; U bands of h
 query heads, K bands of g key heads (see :class:`bernini.parallel.plan.Heads`).
@@ -17,15 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bernini.kernels import SegmentLayout, attention, qk_rope
 
 from .group import Group, Message
-from .plan import Cut, Heads, LocalLayout, Range, SPPlan
+from .plan import Cut, Heads, LocalLayout, Range, SPPlan, clipped
 
 if TYPE_CHECKING:
     from bernini.renderer.model import QKNorm
@@ -40,12 +44,14 @@ class Swap:
 
     Args:
         q, kv: which rows each rank has, of the queries and of the keys.
+        reads: which keys the queries see that a rank attends for; all by default.
     """
 
     group: Group
     heads: Heads
     q: Cut
     kv: Cut
+    reads: tuple[Range, ...] | None = None
 
     @property
     def row(self) -> range:
@@ -60,54 +66,70 @@ class Swap:
         """(rank, its rows) of the queries of this rank's row of ranks."""
         return list(zip(self.row, x_T.split([self.q.sizes[rank] for rank in self.row]), strict=True))
 
-    def _all_slices(self, x_S: Tensor) -> list[tuple[int, Tensor]]:
-        return list(enumerate(x_S.split(list(self.kv.sizes))))
+    @cached_property
+    def given(self) -> list[Range]:
+        """Which of its own keys this rank gives to each, numbered among them."""
+        reads = self.reads or [(0, self.kv.rows)] * self.group.size
+        return [clipped(read, self.kv.part(self.group.rank)) for read in reads]
 
-    def _without_own(self, pairs: list[tuple[int, Tensor]]) -> list[Message]:
-        return [Message(rank, tensor) for rank, tensor in pairs if rank != self.group.rank]
+    @cached_property
+    def read(self) -> list[int]:
+        """How many keys this rank reads of each."""
+        reads = (0, self.kv.rows) if self.reads is None else self.reads[self.group.rank]
+        return np.diff(clipped(self.kv.borders, reads)).tolist()
 
-    def out(self, q_UthD: Tensor, kv_KtgD: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Bands of the own tokens -> ``q_ThD`` and ``kv_SgD`` of the own band. Without keys, queries alone."""
-        own, heads = self.group.rank, self.heads
-        q_T = q_UthD.new_empty((self.rows[1] - self.rows[0], *q_UthD.shape[2:]))
-        sends, receives = [(rank, q_UthD[rank % heads.ulysses]) for rank in self.row], self._row_slices(q_T)
-        kv_S = None
-        if kv_KtgD is not None:
-            kv_S = kv_KtgD.new_empty((self.kv.rows, *kv_KtgD.shape[2:]))
-            sends += [(rank, kv_KtgD[heads.kv_band_of(rank)]) for rank in range(self.group.size)]
-            receives += self._all_slices(kv_S)
-        self._move(sends, receives, own)
-        return q_T, kv_S
+    def out(self, q_UthD: Tensor, *kv_KtgD: Tensor) -> tuple[Tensor, ...]:
+        """Bands of the own tokens -> ``q_ThD`` and, where they are given, ``k_SgD`` and ``v_SgD`` of the own band.
 
-    def back(self, q_ThD: Tensor, kv_SgD: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The way back: ``[U, t, h, D]`` of the own tokens and, of keys, the sum for each band, ``[K, t, g, D]``."""
+        Views will do. Those that are not contiguous are copied once: to what is sent, or straight to their place.
+        """
         own, heads, size = self.group.rank, self.heads, self.group.size
-        q_U = q_ThD.new_empty((heads.ulysses, self.q.sizes[own], *q_ThD.shape[1:]))
-        sends, receives = self._row_slices(q_ThD), [(rank, q_U[rank % heads.ulysses]) for rank in self.row]
-        kv_P = None
-        if kv_SgD is not None:
-            kv_P = kv_SgD.new_empty((size, self.kv.sizes[own], *kv_SgD.shape[1:]))
-            sends += self._all_slices(kv_SgD)
-            receives += list(enumerate(kv_P))
-        self._move(sends, receives, own)
-        return q_U, None if kv_P is None else self._summed(kv_P)
-
-    def _move(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], own: int) -> None:
-        kept = [tensor for rank, tensor in sends if rank == own]
-        for source, place in zip(kept, [tensor for rank, tensor in receives if rank == own], strict=True):
+        q_T = q_UthD.new_empty((self.rows[1] - self.rows[0], *q_UthD.shape[2:]))
+        band = own % heads.ulysses
+        kept, sends = [q_UthD[band]], list(zip(self.row, _messages(q_UthD, band), strict=True))
+        receives, kv_S = self._row_slices(q_T), []
+        for x_KtgD in kv_KtgD:
+            kv_S.append(x_KtgD.new_empty((sum(self.read), *x_KtgD.shape[2:])))
+            band = heads.kv_band_of(own)
+            kept.append(x_KtgD[band, slice(*self.given[own])])
+            bands = _messages(x_KtgD, band if heads.kv_bands == size else None)
+            sends += [(rank, bands[heads.kv_band_of(rank)][slice(*self.given[rank])]) for rank in range(size)]
+            receives += enumerate(kv_S[-1].split(self.read))
+        for source, place in zip(kept, [place for rank, place in receives if rank == own], strict=True):
             place.copy_(source)
-        self.group.exchange(self._without_own(sends), self._without_own(receives))
+        self._exchange(sends, receives)
+        return q_T, *kv_S
 
-    def _summed(self, kv_PtgD: Tensor) -> Tensor:
-        """The parts of all ranks -> of all bands; sums in float32 at least, in the order of the ranks."""
-        heads = self.heads
-        if heads.kv_bands == self.group.size:
-            return kv_PtgD
-        wide = torch.promote_types(kv_PtgD.dtype, torch.float32)
-        bands = kv_PtgD.new_zeros((heads.kv_bands, *kv_PtgD.shape[1:]), dtype=wide)
-        for rank, part in enumerate(kv_PtgD):
-            bands[heads.kv_band_of(rank)] += part
-        return bands.to(kv_PtgD.dtype)
+    def back(self, q_ThD: Tensor, *kv_SgD: Tensor) -> tuple[Tensor, ...]:
+        """The way back: ``[t, H, D]`` of the own tokens and, of keys and values, ``[t, G, D]``, sums over readers."""
+        own = self.group.rank
+        sends = self._row_slices(q_ThD.contiguous())
+        q_parts = [part if rank == own else _room(part, self.q.sizes[own]) for rank, part in sends]
+        receives, kv_parts = list(zip(self.row, q_parts, strict=True)), []
+        for x_SgD in kv_SgD:
+            slices = x_SgD.contiguous().split(self.read)
+            places = enumerate(self.given)
+            kv_parts.append([slices[own] if rank == own else _room(x_SgD, b - a) for rank, (a, b) in places])
+            sends += enumerate(slices)
+            receives += enumerate(kv_parts[-1])
+        self._exchange(sends, receives)
+        return torch.cat(q_parts, dim=1), *(self._summed(parts) for parts in kv_parts)
+
+    def _exchange(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> None:
+        self.group.exchange(
+            *([Message(*pair) for pair in pairs if pair[0] != self.group.rank] for pairs in (sends, receives))
+        )
+
+    def _summed(self, parts_tgD: list[Tensor]) -> Tensor:
+        """The parts of all ranks -> ``[t, G, D]``; sums in float32 at least, in the order of the ranks."""
+        first, heads, tokens = parts_tgD[0], self.heads, self.kv.sizes[self.group.rank]
+        if heads.kv_bands == self.group.size and all(len(part) == tokens for part in parts_tgD):
+            return torch.cat(parts_tgD, dim=1)
+        wide = torch.promote_types(first.dtype, torch.float32)
+        sums_tKgD = first.new_zeros((tokens, heads.kv_bands, *first.shape[1:]), dtype=wide)
+        for rank, part in enumerate(parts_tgD):
+            sums_tKgD[slice(*self.given[rank]), heads.kv_band_of(rank)].add_(part)
+        return sums_tKgD.flatten(1, 2).to(first.dtype)
 
 
 # --- shapes: bands first, as they are sent ----------------------------------------------------------------------------
@@ -118,39 +140,28 @@ def _banded(x_tHD: Tensor, bands: int) -> Tensor:
     return x_tHD.unflatten(1, (bands, -1)).transpose(0, 1)
 
 
-def _joined(x_UthD: Tensor) -> Tensor:
-    """``[t, U * h, D]``, contiguous: the copy of whatever was received by bands."""
-    return x_UthD.transpose(0, 1).flatten(1, 2)
+def _messages(x_UthD: Tensor, but: int | None) -> list[Tensor]:
+    """The bands, contiguous but for one that nobody is sent."""
+    if but is None:
+        return list(x_UthD.contiguous())
+    return [*x_UthD[:but].contiguous(), x_UthD[but], *x_UthD[but + 1 :].contiguous()]
 
 
-def _packed(k_tGD: Tensor, v_tGD: Tensor, bands: int) -> Tensor:
-    """Keys and values side by side, ``[K, t, 2 g, D]``."""
-    return torch.cat([_banded(k_tGD, bands), _banded(v_tGD, bands)], dim=2)
+def _room(x_ThD: Tensor, tokens: int) -> Tensor:
+    return x_ThD.new_empty((tokens, *x_ThD.shape[1:]))
 
 
 class _Out(torch.autograd.Function):
     """q, k, v as they are -> those that this rank's attention reads."""
 
     @staticmethod
-    def forward(ctx: Any, swap: Swap, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.swap = swap
-        kv_send = _packed(k, v, swap.heads.kv_bands)
-        q_T, kv_S = swap.out(_banded(q, swap.heads.ulysses).contiguous(), kv_send)
-        assert kv_S is not None
-        k_S, v_S = kv_S.chunk(2, dim=1)
-        return q_T, k_S, v_S
+    def forward(ctx: Any, swap: Swap, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        ctx.swap, heads = swap, swap.heads
+        return swap.out(_banded(q, heads.ulysses), *(_banded(x, heads.kv_bands) for x in (k, v)))
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_grads(ctx.swap, dq, dk, dv)
-
-
-def _grads(swap: Swap, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of what attention read -> of q, k, v of the own tokens."""
-    dq_U, dkv = swap.back(dq.contiguous(), torch.cat([dk, dv], dim=1))
-    assert dkv is not None
-    dk_K, dv_K = dkv.chunk(2, dim=2)
-    return _joined(dq_U), _joined(dk_K), _joined(dv_K)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.swap.back(*grads)
 
 
 class _TurnedOut(torch.autograd.Function):
@@ -160,26 +171,21 @@ class _TurnedOut(torch.autograd.Function):
     def forward(
         ctx: Any, swap: Swap, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, q_weight: Tensor, k_weight: Tensor,
         eps: float, rounding: str, *tables: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.swap, ctx.eps = swap, eps
         ctx.save_for_backward(q, k, rows, q_weight, k_weight, *tables)
         heads, (tokens, _, dim) = swap.heads, q.shape
         q_send = q.new_empty((heads.ulysses, tokens, heads.band, dim))
-        kv_send = k.new_empty((heads.kv_bands, tokens, 2 * heads.kv_band, dim))
-        k_send, v_send = kv_send.chunk(2, dim=2)
-        v_send.copy_(_banded(v, heads.kv_bands))
+        k_send = k.new_empty((heads.kv_bands, tokens, heads.kv_band, dim))
         qk_rope(
             q, k, tables, rows, q_weight=q_weight, k_weight=k_weight, eps=eps, out=(q_send, k_send), rounding=rounding
         )
-        q_T, kv_S = swap.out(q_send, kv_send)
-        assert kv_S is not None
-        k_S, v_S = kv_S.chunk(2, dim=1)
-        return q_T, k_S, v_S
+        return swap.out(q_send, k_send, _banded(v, heads.kv_bands))
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, rows, q_weight, k_weight, *tables = ctx.saved_tensors
-        dq, dk, dv = _grads(ctx.swap, dq, dk, dv)
+        dq, dk, dv = ctx.swap.back(*grads)
         dq, dk, dq_weight, dk_weight = torch.ops.bernini.qk_rope_backward(
             dq, dk, q, k, tables, rows, q_weight, k_weight, "across_heads", ctx.eps
         )
@@ -192,11 +198,11 @@ class _Back(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, swap: Swap, out_ThD: Tensor) -> Tensor:
         ctx.swap = swap
-        return _joined(swap.back(out_ThD.contiguous())[0])
+        return swap.back(out_ThD)[0]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.swap.out(_banded(dout, ctx.swap.heads.ulysses).contiguous())[0]
+        return None, ctx.swap.out(_banded(dout, ctx.swap.heads.ulysses))[0]
 
 
 class _Gathered(torch.autograd.Function):
@@ -255,7 +261,7 @@ class Ulysses:
     def __init__(self, group: Group, plan: SPPlan) -> None:
         if plan.heads.ranks != group.size:
             raise ValueError(f"Ulysses: the plan is for {plan.heads.ranks} ranks, the group has {group.size}")
-        self.swap = Swap(group, plan.heads, plan.cut, plan.cut)
+        self.swap = Swap(group, plan.heads, plan.cut, plan.cut, tuple(map(plan.reads, range(group.size))))
         self.borders = plan.borders(group.rank)
 
     def __call__(

@@ -47,6 +47,7 @@ from .suite import Progress as Report
 
 if TYPE_CHECKING:
     from ..data.mixture import Mixture
+    from ..training.export import Writer
     from ..training.models import Models
 
 RECIPE = "toy/ablation"
@@ -271,10 +272,10 @@ class RopeStage(RendererStage):
         own = TrainedRenderer(make_renderer(arm, config, recipe.seed), models.renderer.boundary)
         super().__init__(recipe, replace(models, renderer=own), mixture)
 
-    def samples(self, folder: Path, step: int) -> None:
+    def samples(self, folder: Path, step: int, model: Path) -> None:
         """None: arms are looked at in the suite's frames."""
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, writer: Writer) -> None:
         save_renderer(self.renderer, folder)
 
 

@@ -6,8 +6,11 @@ cannot be used is passed over and counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +20,7 @@ from ..errors import UserError
 from .draws import generator
 from .recipe import Recipe
 
+T = TypeVar("T")
 PATIENCE = 1000
 """Examples in a row that may be unusable before the data are taken for broken."""
 
@@ -91,3 +95,27 @@ class Feed:
             room = [have - need for need, have in zip(needed, room, strict=True)]
             chosen.append(example)
         return Picked(tuple(chosen), tuple(skipped))
+
+
+@contextmanager
+def ahead(make: Callable[[int], T]) -> Iterator[Callable[[int], T]]:
+    """``make``, which works on the next step's batch while this one's is computed."""
+    waiting: dict[int, Future[T]] = {}
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        # One thread for that thread's own operations: with a team of its own there are more threads than cores, and
+        # OpenMP then puts ours to sleep between any two operations (1.7 s a step instead of 0.9 on two cores).
+        threads = torch.get_num_threads()
+        pool.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(threads)
+
+        def take(step: int) -> T:
+            future = waiting.pop(step, None) or pool.submit(make, step)
+            batch = future.result()
+            waiting[step + 1] = pool.submit(make, step + 1)
+            return batch
+
+        try:
+            yield take
+        finally:
+            for future in waiting.values():
+                future.cancel()

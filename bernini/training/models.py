@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import ExpertSource, component_folder, open_experts, read_json, resolve
@@ -18,7 +18,6 @@ from ..errors import UserError
 from ..geometry import Geometry
 from ..renderer.model import Renderer
 from ..renderer.text import TextEncoder
-from .export import places
 from .recipe import Recipe, StageName
 
 if TYPE_CHECKING:
@@ -47,10 +46,6 @@ class TrainedRenderer:
     boundary: float = 875.0
     source: ExpertSource | None = None
 
-    def places(self) -> dict[tuple[Path, int], Tensor]:
-        assert self.source is not None
-        return places(self.source.tensors, dict(self.model.named_parameters()))
-
 
 @dataclass
 class TrainedPlanner:
@@ -66,20 +61,12 @@ class TrainedPlanner:
     end: int | None = None
     source: PlannerSource | None = None
 
-    def places(self) -> dict[tuple[Path, int], Tensor]:
-        assert self.source is not None
-        return places(self.source.tensors, dict(self.model.named_parameters()))
-
 
 @dataclass
 class TrainedText:
-    """The renderer's text encoder. ``folder``: its name in the checkpoint."""
+    """The renderer's text encoder."""
 
     encoder: TextEncoder
-    folder: str = "text_encoder"
-
-    def write(self, folder: Path) -> None:
-        self.encoder.model.save_pretrained(str(folder))
 
 
 @dataclass
@@ -99,13 +86,6 @@ class Models:
     vae: Any = None
     latents_mean: Sequence[float] = ()
     latents_std: Sequence[float] = ()
-
-    def places(self) -> dict[tuple[Path, int], Tensor]:
-        """Where every tensor that may have changed belongs."""
-        found: dict[tuple[Path, int], Tensor] = {}
-        for part in (self.renderer, self.planner):
-            found |= {} if part is None else part.places()
-        return found
 
 
 def open_models(recipe: Recipe, device: str = "cpu") -> Models:
@@ -167,7 +147,7 @@ def _open_text(folder: Path, geometry: Geometry, device: str) -> TrainedText:
     model = UMT5EncoderModel.from_pretrained(str(place), local_files_only=True, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(str(component_folder(folder, "tokenizer")), local_files_only=True)
     model = model.requires_grad_(False).to(device).eval()
-    return TrainedText(TextEncoder(tokenizer, model, geometry.text_tokens), place.name)
+    return TrainedText(TextEncoder(tokenizer, model, geometry.text_tokens))
 
 
 def check_quality(recipe: Recipe) -> None:

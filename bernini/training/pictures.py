@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -17,24 +15,14 @@ SEED = 0
 """Of the world's test samples that are shown."""
 
 
-class Exports(Protocol):
-    def export(self, folder: Path) -> None: ...
-
-
-def write_samples(stage: Exports, folder: Path, step: int, *, steps: int | None = None) -> None:
-    """Held-out samples of the synthetic world, made with the present weights: ``STEP.png``.
-
-    The present weights are written to a temporary folder and loaded as anyone would load them.
-    """
+def write_samples(model: Path, folder: Path, step: int, *, steps: int | None = None) -> None:
+    """Held-out samples of the synthetic world, made with the checkpoint ``model``: ``STEP.png``."""
     folder.mkdir(parents=True, exist_ok=True)
-    panels = []
-    with tempfile.TemporaryDirectory() as work:
-        stage.export(Path(work) / "model")
-        model = Bernini.from_pretrained(Path(work) / "model")
-        for task in ("t2i", "t2v", "i2i", "v2v", "r2v", "rv2v"):
-            shown = sample(task, SEED, "test")
-            result = model.generate(request_of(shown, steps=steps, seed=SEED))
-            sources = [(f"source {n}", torch.from_numpy(video)) for n, video in enumerate(shown.videos)]
-            sources += [(f"image {n}", torch.from_numpy(image)) for n, image in enumerate(shown.images)]
-            panels.append(Panel(task, shown.prompt, sources, result.frames))
+    panels, bernini = [], Bernini.from_pretrained(model)
+    for task in ("t2i", "t2v", "i2i", "v2v", "r2v", "rv2v"):
+        shown = sample(task, SEED, "test")
+        result = bernini.generate(request_of(shown, steps=steps, seed=SEED))
+        sources = [(f"source {n}", torch.from_numpy(video)) for n, video in enumerate(shown.videos)]
+        sources += [(f"image {n}", torch.from_numpy(image)) for n, image in enumerate(shown.images)]
+        panels.append(Panel(task, shown.prompt, sources, result.frames))
     task_sheet(panels, folder / f"{step:08d}.png", f"after {step} steps")

@@ -137,6 +137,7 @@ class Recipe:
         train_text_encoder: whether T5 is trained with the renderer (paper section 4.1).
         precision: of the computation; weights are kept and updated in float32.
         recompute: keep only the blocks' inputs and compute the rest again in backward.
+        sequence: processes that share each packed sequence; of several processes, a number that divides theirs.
         ema: decay of the averaged weights, which are what is exported; 0 for none.
         least_psnr: of stage II and III: how good the autoencoder must be, in dB, by what its own training noted.
         copies: noisy copies of a masked ViT embedding in the decoder's loss.
@@ -152,6 +153,7 @@ class Recipe:
     train_text_encoder: bool = False
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     recompute: bool = False
+    sequence: int = 1
     ema: float = 0.9999
     least_psnr: float = 0.0
     copies: int = 16
@@ -188,8 +190,17 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: is not TOML ({error})") from None
     for override in overrides:
         _override(values, override)
-    recipe = _built(Recipe, values, str(path), "")
-    _check(recipe, path)
+    return read(values, str(path))
+
+
+def read(values: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from what TOML or :meth:`Recipe.to_dict` says.
+
+    Raises:
+        UserError: a key or value that cannot be; ``where`` is named.
+    """
+    recipe = cast("Recipe", _built(Recipe, values, where, ""))
+    _check(recipe, where)
     return recipe
 
 
@@ -277,13 +288,13 @@ def _built(kind: Any, value: Any, path: str, key: str) -> Any:
     return value
 
 
-def _check(recipe: Recipe, path: Path) -> None:
+def _check(recipe: Recipe, path: str) -> None:
     """What types do not say."""
 
     def refuse(key: str, value: object, must: str) -> typing.NoReturn:
         raise UserError(f"{path}: {key} must be {must}, is {value}")
 
-    for key in ("steps", "save_every", "keep", "log_every", "copies"):
+    for key in ("steps", "save_every", "keep", "log_every", "copies", "sequence"):
         if getattr(recipe, key) < 1:
             refuse(key, getattr(recipe, key), "positive")
     for key in ("samples", "renderer_tokens", "planner_tokens", "accumulate"):

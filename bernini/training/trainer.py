@@ -5,18 +5,23 @@
 Nothing random has a state: noise, masks and drops follow from the run's seed, the example and the step. So what a
 checkpoint holds (weights, their average, the optimizer) is all there is, and a run that was killed goes on with the
 bits of one that was not.
+
+Of several processes each has its share of the examples and of the weights. Losses are divided by counts of the whole
+step, gradients and losses are summed over all: what a step does is the same for any number of processes, but for
+rounding. The first process writes and the others send it what it needs, a tensor at a time.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +30,22 @@ from torch import Tensor
 
 from ..data.skips import SkipLog
 from ..errors import UserError
+from ..parallel.checkpoints import Piece
+from ..parallel.fsdp import clip, shard, sums, whole
+from ..parallel.mesh import Mesh, alone
+from ..parallel.patience import patiently
 from . import checkpoints
-from .optim import factor, names_in, optimizers, set_rates
+from .export import Writer
+from .feed import ahead
+from .logs import LOG as LOG
+from .logs import logs
+from .optim import SpreadMuon, factor, names_in, optimizers, set_rates
 from .recipe import Recipe
 from .stage import Micro, Stage
-from .weights import Weights
+from .weights import DTYPES, Weights, wide_dtype
 
-LOG, TENSORBOARD, MODEL, SAMPLES = "log.jsonl", "tensorboard", "model", "samples"
-MAY_CHANGE = ("output", "save_every", "keep", "log_every", "samples_every")
+MODEL, SAMPLES = "model", "samples"
+MAY_CHANGE = ("output", "save_every", "keep", "log_every", "samples_every", "sequence")
 """Keys of a recipe that may differ when a run goes on."""
 
 
@@ -43,7 +56,7 @@ class Progress:
     Args:
         step, steps: done, and in all.
         losses: means over the step, and ``"loss"``, their weighted sum.
-        tokens, seconds: of the step.
+        tokens, seconds: of the step; all of it is of all processes.
     """
 
     step: int
@@ -59,7 +72,8 @@ class Trainer:
     """
     Args:
         recipe: of the run.
-        stage: made for it.
+        stage: made for it and for the mesh.
+        mesh: the processes that train together; this one alone by default.
         report: called after every step.
         note: called with a sentence where something is worth telling: a run that goes on, examples that were skipped.
     """
@@ -69,15 +83,21 @@ class Trainer:
         recipe: Recipe,
         stage: Stage,
         *,
+        mesh: Mesh | None = None,
         report: Callable[[Progress], None] = lambda progress: None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.recipe, self.stage, self._report, self._note = recipe, stage, report, note
-        self.run = Path(recipe.output)
+        self.run, self.mesh = Path(recipe.output), mesh or alone()
+        self._compute = shard(
+            self.mesh, stage.parts, stage.groups(), compute=DTYPES[recipe.precision], wide=wide_dtype(recipe.precision),
+            keep_wide=stage.keep_wide,
+        )  # fmt: skip
         self.weights = Weights(stage.parts, recipe.precision, ema=recipe.ema, keep_wide=stage.keep_wide)
-        self.optimizers = optimizers(recipe.optimizer, self.weights.masters)
+        self.optimizers = optimizers(recipe.optimizer, self.weights, self.mesh.world)
         self.step = 0
         self.skipped = SkipLog()
+        self._saving: checkpoints.Saving | None = None
 
     # --- from here to there ---
 
@@ -94,24 +114,30 @@ class Trainer:
             UserError: a loss or gradient that is not finite, a checkpoint that cannot be written or is another run's.
         """
         self.resume()
-        with _ahead(self._micros) as micros, self._logs() as log:
+        written = self.run if self.mesh.first else None
+        with (
+            ahead(self._micros) as micros,
+            logs(written, self.step, every=self.recipe.log_every) as log,
+            self._saved(),
+        ):
             while self.step < self.recipe.steps:
                 started = time.perf_counter()
                 batch = micros(self.step)
                 losses, norm = self._update(batch)
                 rate = factor(self.recipe.optimizer, self.step, self.recipe.steps) * self.recipe.optimizer.lr
                 self.step += 1
-                tokens, seconds = sum(micro.tokens for micro in batch), time.perf_counter() - started
-                done = Progress(self.step, self.recipe.steps, losses, norm, rate, tokens, seconds)
-                log(done, sum(len(micro.keys) for micro in batch))
+                tokens, late = self._agreed(batch, until)
+                done = Progress(
+                    self.step, self.recipe.steps, losses, norm, rate, tokens, time.perf_counter() - started
+                )  # fmt: skip
+                values = {**losses, "grad_norm": norm, "lr": rate}
+                log(self.step, values, tokens, sum(len(micro.keys) for micro in batch), done.seconds)
                 self._report(done)
                 self._count_skipped(batch)
-                late = until is not None and time.monotonic() > until
                 if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or late:
-                    self.save()
+                    self.begin_save()
                 if self.recipe.samples_every and self.step % self.recipe.samples_every == 0:
-                    with self.weights.averaged(), torch.no_grad():
-                        self.stage.samples(self.run / SAMPLES, self.step)
+                    self.samples()
                 if late and self.step < self.recipe.steps:
                     return False
         self.export(self.run / MODEL)
@@ -135,16 +161,19 @@ class Trainer:
         means: dict[str, float] = dict.fromkeys(counts, 0.0)
         for micro in batch:
             total: Tensor | None = None
-            for name, loss in self.stage.losses(micro, self.step).items():
-                mean = loss / counts[name]
-                means[name] += self._value(mean)
-                weighted = self.stage.weights[name] * mean
+            found = {name: loss / counts[name] for name, loss in self._compute(partial(self._losses, micro)).items()}
+            for name, mean in zip(found, sums([self._value(mean) for mean in found.values()], self.mesh), strict=True):
+                means[name] += mean
+                weighted = self.stage.weights[name] * found[name]
                 total = weighted if total is None else total + weighted
             if total is not None:
                 self._finite(means, batch)
                 total.backward()
                 self.weights.collect()
-        norm = self._value(torch.nn.utils.clip_grad_norm_(self.weights.masters.values(), self.recipe.optimizer.clip))
+        self.weights.sum(self.mesh.world)
+        norm = self._value(
+            clip(self.weights.masters, self.weights.rows, self.recipe.optimizer.clip, self.mesh.world)
+        )  # fmt: skip
         if not math.isfinite(norm):
             raise UserError(self._stopped("the gradient is not finite", batch))
         set_rates(self.optimizers, factor(self.recipe.optimizer, self.step, self.recipe.steps))
@@ -153,6 +182,20 @@ class Trainer:
         self.weights.publish()
         self.weights.average(self.step)
         return {"loss": sum(self.stage.weights[name] * mean for name, mean in means.items()), **means}, norm
+
+    def _losses(self, micro: Micro) -> dict[str, Tensor]:
+        return dict(self.stage.losses(micro, self.step))
+
+    def _agreed(self, batch: Sequence[Micro], until: float | None) -> tuple[int, bool]:
+        """(tokens of the step, whether the time is up), for all processes; a checkpoint that all have written ends."""
+        late = until is not None and time.monotonic() > until
+        written = self._saving is not None and self._saving.done
+        # The ranks of a sequence group have the same tokens.
+        tokens = sum(micro.tokens for micro in batch) if self.mesh.sequence.rank == 0 else 0
+        tokens_, late_, written_ = sums([tokens, late, written], self.mesh)
+        if written_ == self.mesh.world.size:
+            self._settle()
+        return int(tokens_), late_ > 0
 
     def _value(self, tensor: Tensor) -> float:
         """Waits for the device; a rehearsal, whose tensors have no values, does not ask."""
@@ -164,6 +207,7 @@ class Trainer:
             raise UserError(self._stopped(f"the loss {broken[0]!r} is {means[broken[0]]}", batch))
 
     def _stopped(self, why: str, batch: list[Micro]) -> str:
+        self._settle()
         last, keys = checkpoints.latest(self.run), [key for micro in batch for key in micro.keys]
         shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
         shown = f", with the examples {shown}" if keys else ""
@@ -177,90 +221,97 @@ class Trainer:
 
     # --- files ---
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the present step.
+    def begin_save(self) -> None:
+        """Copies what a checkpoint of the present step has, and leaves the writing to a thread. One is written at a
+        time. All processes do this.
 
         Raises:
-            UserError: weights that are not finite, which would spoil the last good checkpoint; or a full disk.
+            UserError: weights that are not finite, which would spoil the last good checkpoint; or the checkpoint before
+                could not be written.
         """
-        tensors = self.weights.state()
-        broken = next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
+        self._settle()
+        pieces = self.weights.state()
+        broken = next((name for name, piece in pieces.items() if not bool(torch.isfinite(piece.tensor).all())), None)
+        broken = next((name for name in self.mesh.world.tell(broken) if name is not None), None)
         if broken is not None:
             raise UserError(self._stopped(f"{broken} is not finite", []))
+        own = dict[str, Piece]()
         for number, optimizer in enumerate(self.optimizers):
-            tensors |= checkpoints.optimizer_tensors(
-                optimizer, names_in(optimizer, self.weights.names), f"optimizer.{number}/"
-            )
+            spread = isinstance(optimizer, SpreadMuon)
+            found = checkpoints.optimizer_pieces(
+                optimizer, names_in(optimizer, self.weights.names), f"optimizer.{number}/",
+                {} if spread else self.weights.rows,
+            )  # fmt: skip
+            (own if spread else pieces).update(found)
+        # What is whole on every process is written by the first; what one process alone has, by that.
+        pieces = {name: piece for name, piece in pieces.items() if piece.rows is not None or self.mesh.first} | own
         facts = {"recipe": self.recipe.to_dict(), "skipped": self.skipped.state()}
-        return checkpoints.save(self.run, self.step, tensors, facts, keep=self.recipe.keep)
+        self._saving = checkpoints.Saving(
+            self.run, self.step, pieces, facts, keep=self.recipe.keep, world=self.mesh.world
+        )
+
+    def _settle(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            patiently(self.mesh.world, saving.wait)
+            saving.finish()
+
+    @contextmanager
+    def _saved(self) -> Iterator[None]:
+        """What is being written in the end is waited for."""
+        try:
+            yield
+            self._settle()
+        except BaseException:
+            if self._saving is not None and self.mesh.alone:  # the others may be anywhere
+                with suppress(UserError):
+                    self._settle()
+            raise
 
     def resume(self) -> None:
-        """Takes up the last checkpoint of the run's folder, if there is one.
+        """Takes up the last checkpoint of the run's folder, if there is one, of whatever number of processes.
 
         Raises:
             UserError: it belongs to another recipe.
         """
-        folder = checkpoints.latest(self.run)
-        if folder is None:
-            return
-        tensors, facts = checkpoints.load(folder)
-        differing = _differing(json.loads(json.dumps(self.recipe.to_dict())), facts["recipe"])
-        if differing:
-            raise UserError(
-                f"{folder} is of a run with another recipe ({'; '.join(differing)}); choose another output folder"
-            )
-        self.weights.restore(tensors)
-        for number, optimizer in enumerate(self.optimizers):
-            names = names_in(optimizer, self.weights.names)
-            checkpoints.restore_optimizer(optimizer, names, f"optimizer.{number}/", tensors)
-        self.step = facts["step"]
-        self.skipped.restore(facts["skipped"])
-        self._note(f"goes on from step {self.step} of {self.recipe.steps} ({folder})")
+        if self.mesh.first:
+            checkpoints.clear(self.run)
+        folder = self.mesh.world.tell(checkpoints.latest(self.run))[0]
+        if folder is not None:
+            patiently(self.mesh.world, partial(self._restore, folder))
+            self._note(f"goes on from step {self.step} of {self.recipe.steps} ({folder})")
+
+    def _restore(self, folder: Path) -> None:
+        with checkpoints.reading(folder) as (pieces, facts):
+            differing = _differing(json.loads(json.dumps(self.recipe.to_dict())), facts["recipe"])
+            if differing:
+                raise UserError(
+                    f"{folder} is of a run with another recipe ({'; '.join(differing)}); choose another output folder"
+                )
+            self.weights.restore(pieces)
+            for number, optimizer in enumerate(self.optimizers):
+                names = names_in(optimizer, self.weights.names)
+                rows = {} if isinstance(optimizer, SpreadMuon) else self.weights.rows
+                checkpoints.restore_optimizer(optimizer, names, f"optimizer.{number}/", rows, pieces)
+            self.step = facts["step"]
+            self.skipped.restore(facts["skipped"])
 
     def export(self, folder: Path) -> None:
-        """Writes the whole checkpoint with the averaged weights."""
+        """Writes the whole checkpoint with the averaged weights. All processes do this."""
         with self.weights.averaged(), torch.no_grad():
-            self.stage.export(folder)
+            self.stage.export(folder, Writer(self.recipe, self.weights.masters, self._whole, self.mesh.world))
 
-    @contextmanager
-    def _logs(self) -> Iterator[Callable[[Progress, int], None]]:
-        """JSON lines and TensorBoard; lines behind the step at which the run goes on are dropped."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        file = self.run / LOG
-        _cut(file, self.step)
-        board = _board(self.run / TENSORBOARD, self.step)
-        with file.open("a", encoding="utf-8") as lines:
+    def _whole(self, name: str) -> Tensor | None:
+        return whole(self.weights.masters[name].detach(), self.weights.rows[name], self.mesh.world)
 
-            def log(done: Progress, examples: int) -> None:
-                values = {**done.losses, "grad_norm": done.grad_norm, "lr": done.rate}
-                line = {"step": done.step, **values, "tokens": done.tokens, "examples": examples}
-                lines.write(json.dumps({**line, "seconds": round(done.seconds, 4)}) + "\n")
-                lines.flush()
-                if done.step % self.recipe.log_every == 0:
-                    for name, value in values.items():
-                        board.add_scalar(name, value, done.step)
-                    board.add_scalar("tokens per second", done.tokens / done.seconds, done.step)
-
-            try:
-                yield log
-            finally:
-                board.close()
-
-
-def _board(folder: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=step)
-
-
-def _cut(file: Path, step: int) -> None:
-    if file.is_file():
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):  # a line that a killed process did not finish
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        file.write_text("".join(kept), encoding="utf-8")
+    def samples(self) -> None:
+        """Writes pictures of what the averaged weights can do by now. All processes do this; the first makes them."""
+        with tempfile.TemporaryDirectory() as work:
+            model = Path(work) / "model"
+            self.export(model)
+            make = partial(self.stage.samples, self.run / SAMPLES, self.step, model)
+            patiently(self.mesh.world, make if self.mesh.first else lambda: None)
 
 
 def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any], key: str = "") -> list[str]:
@@ -275,27 +326,3 @@ def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any], key: str = ""
         elif a != b:
             found.append(f"{full} was {b}, is {a}")
     return found
-
-
-@contextmanager
-def _ahead(make: Callable[[int], list[Micro]]) -> Iterator[Callable[[int], list[Micro]]]:
-    """``make``, which works on the next step's batch while this one's is computed."""
-    waiting: dict[int, Future[list[Micro]]] = {}
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        # One thread for that thread's own operations: with a team of its own there are more threads than cores, and
-        # OpenMP then puts ours to sleep between any two operations (1.7 s a step instead of 0.9 on two cores).
-        threads = torch.get_num_threads()
-        pool.submit(torch.set_num_threads, 1).result()
-        torch.set_num_threads(threads)
-
-        def take(step: int) -> list[Micro]:
-            future = waiting.pop(step, None) or pool.submit(make, step)
-            batch = future.result()
-            waiting[step + 1] = pool.submit(make, step + 1)
-            return batch
-
-        try:
-            yield take
-        finally:
-            for future in waiting.values():
-                future.cancel()

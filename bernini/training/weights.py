@@ -1,7 +1,8 @@
 """The weights of a run: float32 masters, the copies that compute, and the running average.
 
 In float32 a master *is* the module's parameter. In bfloat16 the modules hold rounded copies: gradients are added up in
-float32 on the masters, and after a step the copies are rounded from them again, as mixed precision under FSDP does.
+float32 on the masters, and after a step the copies are rounded from them again. Where a parameter is spread over
+processes its master is the rows that are here, and FSDP makes the copy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..parallel.checkpoints import Piece, Pieces
+from ..parallel.fsdp import Rows, local, rows_of, sum_gradients
+from ..parallel.group import Group
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def wide_dtype(precision: str) -> torch.dtype:
+    """Of weights, gradients and averages."""
+    return torch.float64 if precision == "fp64" else torch.float32
 
 
 class Weights:
@@ -29,14 +39,22 @@ class Weights:
     ) -> None:
         self._ema_decay = ema
         self.masters: dict[str, nn.Parameter] = {}
+        self.rows: dict[str, Rows | None] = {}
+        """What of each master is here; ``None``: all."""
+        self.shapes: dict[str, torch.Size] = {}
+        """Of the whole parameters."""
         self._copies: dict[str, nn.Parameter] = {}
-        dtype = DTYPES[precision]
-        wide = torch.float64 if precision == "fp64" else torch.float32
+        self._spread: dict[str, nn.Parameter] = {}
+        dtype, wide = DTYPES[precision], wide_dtype(precision)
         for part, module in parts.items():
             for name, parameter in module.named_parameters():
                 if not parameter.requires_grad:
                     continue
                 full = f"{part}/{name}"
+                self.rows[full], self.shapes[full] = rows_of(parameter), parameter.shape
+                if self.rows[full] is not None:
+                    self.masters[full], self._spread[full] = nn.Parameter(local(parameter.detach())), parameter
+                    continue
                 own = wide if keep_wide(name) else dtype
                 master = parameter.detach().to(wide, copy=True)
                 parameter.data = master if own == wide else master.to(own)
@@ -59,11 +77,17 @@ class Weights:
                 grad = copy.grad.to(master.dtype)
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
                 copy.grad = None
+        for name, parameter in self._spread.items():  # FSDP has added up
+            self.masters[name].grad = None if parameter.grad is None else local(parameter.grad)
+
+    def sum(self, world: Group) -> None:
+        """Sums the gradients of what is whole on every rank; those of rows are sums already."""
+        sum_gradients((self.masters[name] for name, rows in self.rows.items() if rows is None), world)
 
     def forget(self) -> None:
         """Drops all gradients."""
-        for master in self.masters.values():
-            master.grad = None
+        for parameter in (*self.masters.values(), *self._spread.values()):
+            parameter.grad = None
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -81,27 +105,32 @@ class Weights:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The modules hold the averaged weights for as long as this lasts (their own, if there are none)."""
-        own = {name: copy.data for name, copy in self._copies.items()}
+        """Masters and modules hold the averaged weights for as long as this lasts (their own, if there are none)."""
+        self._swap()
         try:
-            for name, mean in self.ema.items():
-                self._copies[name].data = mean.to(own[name].dtype, copy=True)
             yield
         finally:
-            for name, data in own.items():
-                self._copies[name].data = data
+            self._swap()
 
-    def state(self) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, mean in self.ema.items():
+            own = self.masters[name].detach().clone()  # of one tensor at a time
+            self.masters[name].copy_(mean)
+            mean.copy_(own)
+        self.publish()
+
+    def state(self) -> dict[str, Piece]:
         """All that a checkpoint has to hold of them."""
-        return {f"weights/{name}": master for name, master in self.masters.items()} | {
-            f"ema/{name}": mean for name, mean in self.ema.items()
+        return {f"weights/{name}": Piece(master, self.rows[name]) for name, master in self.masters.items()} | {
+            f"ema/{name}": Piece(mean, self.rows[name]) for name, mean in self.ema.items()
         }
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, pieces: Pieces) -> None:
         """The inverse of :meth:`state`."""
         for name, master in self.masters.items():
-            master.copy_(tensors[f"weights/{name}"])
+            master.copy_(pieces.read(f"weights/{name}", self.rows[name]))
         for name, mean in self.ema.items():
-            mean.copy_(tensors[f"ema/{name}"])
+            mean.copy_(pieces.read(f"ema/{name}", self.rows[name]))
         self.publish()

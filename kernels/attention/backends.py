@@ -154,7 +154,8 @@ def _sdpa(q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, scale: float) -> Tensor:
     """torch's own, on transposed views."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_SGD, v_SGD))
     grouped = q_THD.shape[1] != k_SGD.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)[0].transpose(0, 1)
+    # No index: its gradient is a copy.
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped).squeeze(0).transpose(0, 1)
 
 
 def _sdpa_alike(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, scale: float) -> Tensor:

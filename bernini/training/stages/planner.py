@@ -5,7 +5,7 @@ The vision tower stays as it is: its embeddings are what is planned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +13,22 @@ from torch import Tensor, nn
 
 from ...data.example import Example
 from ...data.mixture import Mixture
+from ...parallel.fsdp import Groups
+from ...parallel.mesh import Mesh, alone
+from ...parallel.share import Share
 from ...planner.model import Planner
 from ...planner.training import Batch, Draws, Outputs, draw, forward, pack
 from ..conversations import sample
 from ..draws import generator
-from ..export import write_model
+from ..export import Writer
 from ..feed import Feed, dropped
+from ..groups import planner_groups
 from ..losses import decoder_losses, next_token_losses
 from ..models import Models, TrainedPlanner, recompute
 from ..recipe import Recipe
-from ..stage import Micro
+from ..stage import Kind, Micro, portion, taken
+
+KINDS: tuple[Kind, ...] = (lambda example: example.answer is not None, lambda example: example.target is not None)
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,10 @@ class Content:
 class PlannerStage:
     """Losses: ``text`` and ``visual``."""
 
-    def __init__(self, recipe: Recipe, models: Models, mixture: Mixture) -> None:
+    def __init__(self, recipe: Recipe, models: Models, mixture: Mixture, mesh: Mesh | None = None) -> None:
         assert models.planner is not None
-        self.models, self.geometry, self.planner = models, models.geometry, models.planner.model
+        self.geometry, self.planner, self._mesh = models.geometry, models.planner.model, mesh or alone()
+        self._share = Share(self._mesh.sequence)
         self.planner.visual.requires_grad_(False)
         # The renderer's way out of the planner has no loss here.
         self.planner.connector.proj_gen.requires_grad_(False)
@@ -49,36 +56,40 @@ class PlannerStage:
         self.weights = {"text": recipe.loss.text, "visual": recipe.loss.visual}
         self._feed = Feed(recipe, mixture, self.talks.cost, self.talks.usable)
 
+    def groups(self) -> Groups:
+        return planner_groups(self.planner)
+
     def keep_wide(self, name: str) -> bool:
         return False
 
     def micro(self, step: int, number: int) -> Micro:
         picked = self._feed.pick(step, number)
-        content = self.talks.content(picked.examples, step)
-        keys = tuple(example.key for example in picked.examples)
-        return Micro(content, self.talks.counts(content), content.batch.layout.tokens, keys, picked.skipped)
+        own, real = portion(picked.examples, self._mesh, KINDS, lambda example: self.talks.cost(example)[1])
+        content = self.talks.content(own, step)
+        keys, counts = tuple(example.key for example in picked.examples), self.talks.counts(picked.examples)
+        return Micro(content, counts, content.batch.layout.cu_seqlens[real], keys, picked.skipped, real)
 
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
         content: Content = micro.content
-        outputs = forward(self.planner, content.batch, content.draws, contexts=False)
-        return planner_losses(self.planner, outputs)
+        outputs = forward(self.planner, content.batch, content.draws, contexts=False, share=self._share)
+        return planner_losses(self.planner, outputs, taken(micro.real, self._share, content.batch.layout.tokens))
 
-    def samples(self, folder: Path, step: int) -> None:
+    def samples(self, folder: Path, step: int, model: Path) -> None:
         from ..pictures import write_samples
 
-        write_samples(self, folder, step)
+        write_samples(model, folder, step)
 
-    def export(self, folder: Path) -> None:
-        write_model(self.models.start, folder, self.models.places())
+    def export(self, folder: Path, writer: Writer) -> None:
+        writer(folder)
 
 
-def planner_losses(planner: Planner, outputs: Outputs) -> dict[str, Tensor]:
-    """Sums by name."""
+def planner_losses(planner: Planner, outputs: Outputs, real: int) -> dict[str, Tensor]:
+    """Sums by name, over the first ``real`` samples."""
     found = {}
     if outputs.text is not None:
-        found["text"] = next_token_losses(outputs.text).sum()
+        found["text"] = next_token_losses(outputs.text)[:real].sum()
     if outputs.flow is not None:
-        found["visual"] = decoder_losses(planner.vit_decoder, outputs.flow).sum()
+        found["visual"] = decoder_losses(planner.vit_decoder, outputs.flow)[:real].sum()
     return found
 
 
@@ -104,7 +115,6 @@ class PlannerDraws:
         seeds = [generator(self._recipe.seed, example.key, step, "mask") for example in shown]
         return Content(shown, batch, draw(batch, self._width, seeds, copies=self._recipe.copies))
 
-    def counts(self, content: Content) -> dict[str, float]:
-        answers = sum(example.answer is not None for example in content.examples)
-        targets = sum(example.target is not None for example in content.examples)
+    def counts(self, examples: Sequence[Example]) -> dict[str, float]:
+        answers, targets = (sum(map(kind, examples)) for kind in KINDS)
         return {name: float(n) for name, n in (("text", answers), ("visual", targets)) if n}

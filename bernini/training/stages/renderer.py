@@ -11,16 +11,20 @@ from torch import Tensor, nn
 
 from ...data.example import Example, Features
 from ...data.mixture import Mixture
+from ...parallel.fsdp import Groups
+from ...parallel.mesh import Mesh, alone
+from ...parallel.share import ALONE, Share
 from ...renderer.latents import patch_grid
 from ...renderer.model import KEEP_IN_FP32, Renderer
 from ..draws import generator
-from ..export import write_model
+from ..export import Writer
 from ..feed import Feed, dropped
 from ..flow import RendererSample, pack_renderer, renderer_losses, sample_latent
+from ..groups import renderer_groups, text_groups
 from ..models import Models, recompute
 from ..noise import expert_range, timesteps_for
 from ..recipe import Recipe
-from ..stage import Micro
+from ..stage import Micro, portion, taken
 from ..texts import full_prompt, text_states
 
 
@@ -36,9 +40,10 @@ class Item:
 class RendererStage:
     """Loss: ``dit``."""
 
-    def __init__(self, recipe: Recipe, models: Models, mixture: Mixture) -> None:
+    def __init__(self, recipe: Recipe, models: Models, mixture: Mixture, mesh: Mesh | None = None) -> None:
         assert models.renderer is not None and models.text is not None
-        self._recipe, self._models, self.geometry = recipe, models, models.geometry
+        self._recipe, self.geometry, self._mesh = recipe, models.geometry, mesh or alone()
+        self._share = Share(self._mesh.sequence)
         self.renderer, self.text = models.renderer.model, models.text
         self.latents = LatentDraws(recipe, models)
         self.parts: Mapping[str, nn.Module] = {"renderer": self.renderer}
@@ -49,37 +54,43 @@ class RendererStage:
         self.weights = {"dit": recipe.loss.dit}
         self._feed = Feed(recipe, mixture, self.latents.cost, self.latents.usable)
 
+    def groups(self) -> Groups:
+        text = text_groups(self.text.encoder.model, trained=self._recipe.train_text_encoder)
+        return renderer_groups(self.renderer) + text
+
     def keep_wide(self, name: str) -> bool:
         return any(part in KEEP_IN_FP32 for part in name.split("."))
 
     def micro(self, step: int, number: int) -> Micro:
         picked = self._feed.pick(step, number)
-        items = [self.latents.item(example, step) for example in picked.examples]
-        tokens = sum(self.latents.cost(example)[0] for example in picked.examples)
-        return Micro(
-            items, {"dit": float(len(items))}, tokens, tuple(example.key for example in picked.examples), picked.skipped
-        )
+        own, real = portion(picked.examples, self._mesh, (), lambda example: self.latents.cost(example)[0])
+        items = [self.latents.item(example, step) for example in own]
+        tokens = sum(self.latents.cost(example)[0] for example in own[:real])
+        keys = tuple(example.key for example in picked.examples)
+        return Micro(items, {"dit": float(len(keys))}, tokens, keys, picked.skipped, real)
 
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
         items: Sequence[Item] = micro.content
         states = text_states(self.text.encoder, [item.text for item in items])
         contexts = [self.text.encoder.context(rows) for rows in states]
-        return {"dit": dit_losses(self.renderer, items, contexts).sum()}
+        return {"dit": dit_losses(self.renderer, items, contexts, micro.real, self._share)}
 
-    def samples(self, folder: Path, step: int) -> None:
+    def samples(self, folder: Path, step: int, model: Path) -> None:
         from ..pictures import write_samples
 
-        write_samples(self, folder, step)
+        write_samples(model, folder, step)
 
-    def export(self, folder: Path) -> None:
-        components = {self.text.folder: self.text.write} if self._recipe.train_text_encoder else {}
-        write_model(self._models.start, folder, self._models.places(), components)
+    def export(self, folder: Path, writer: Writer) -> None:
+        writer(folder)
 
 
-def dit_losses(renderer: Renderer, items: Sequence[Item], contexts: Sequence[Tensor]) -> Tensor:
-    """``[B]``, each item under its context."""
+def dit_losses(
+    renderer: Renderer, items: Sequence[Item], contexts: Sequence[Tensor], real: int, share: Share = ALONE
+) -> Tensor:
+    """The sum over the first ``real`` items, each under its context, or this rank's part of it."""
     samples = [replace(item.sample, context=context) for item, context in zip(items, contexts, strict=True)]
-    return renderer_losses(renderer, pack_renderer(samples, renderer.config.patch_size).to(renderer.device))
+    batch = pack_renderer(samples, renderer.config.patch_size, share).to(renderer.device)
+    return renderer_losses(renderer, batch, share)[: taken(real, share, batch.layout.tokens)].sum()
 
 
 class LatentDraws:

@@ -5,7 +5,7 @@ The released planner starts from Qwen2.5-VL, which has learned this already; a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,15 +14,20 @@ from torch import Tensor, nn
 
 from ...data.example import Example, Features
 from ...data.mixture import Mixture
+from ...parallel.fsdp import Groups
+from ...parallel.mesh import Mesh, alone
+from ...parallel.share import ALONE, Share
+from ...planner.model import Planner
 from ...planner.training import Batch, NextTokens, draw, forward, pack
 from ...planner.training import Sample as PlannerSample
 from ..conversations import conversation
-from ..export import write_model
+from ..export import Writer
 from ..feed import Feed
+from ..groups import planner_groups
 from ..losses import next_token_losses
-from ..models import Models
+from ..models import Models, open_trained_planner
 from ..recipe import Recipe
-from ..stage import Micro
+from ..stage import Micro, portion, taken
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,10 @@ class Content:
 class UnderstandingStage:
     """Loss: ``text``. Trains language model and vision tower; the rest of the planner stays as it is."""
 
-    def __init__(self, recipe: Recipe, models: Models, mixture: Mixture) -> None:
+    def __init__(self, recipe: Recipe, models: Models, mixture: Mixture, mesh: Mesh | None = None) -> None:
         assert models.planner is not None
-        self._models, self._opened, self.geometry = models, models.planner, models.geometry
+        self._opened, self.geometry, self._mesh = models.planner, models.geometry, mesh or alone()
+        self._share = Share(self._mesh.sequence)
         self.planner, self._template, self._rules = self._opened.model, self._opened.template, self._opened.rules
         for part in (self.planner.connector, self.planner.vit_decoder):
             part.requires_grad_(False)
@@ -46,13 +52,22 @@ class UnderstandingStage:
         self.weights = {"text": 1.0}
         self._feed = Feed(recipe, mixture, cost=lambda example: (0, 0), usable=_usable)
 
+    def groups(self) -> Groups:
+        return planner_groups(self.planner)
+
     def keep_wide(self, name: str) -> bool:
         return False
 
     def micro(self, step: int, number: int) -> Micro:
         picked = self._feed.pick(step, number)
+        own, real = portion(picked.examples, self._mesh, (lambda example: bool(example.sources),), _values)
+        content, keys = self._content(own), tuple(example.key for example in picked.examples)
+        tokens = content.batch.layout.cu_seqlens[real]
+        return Micro(content, {"text": float(len(keys))}, tokens, keys, picked.skipped, real)
+
+    def _content(self, examples: Sequence[Example]) -> Content:
         samples, patches, grids = [], [], []
-        for example in picked.examples:
+        for example in examples:
             seen = []
             for source in example.sources:
                 assert source.pixels is not None
@@ -67,37 +82,44 @@ class UnderstandingStage:
             count = sum(t * h * w for t, h, w in (f.vit_grid or (0, 0, 0) for f in seen))
             samples.append(PlannerSample(talk, learned, torch.empty(count, 0) if count else None))
         batch = pack(samples)
-        content = Content(batch, torch.cat(patches) if patches else None, tuple(grids))
-        keys = tuple(example.key for example in picked.examples)
-        return Micro(content, {"text": float(len(samples))}, batch.layout.tokens, keys, picked.skipped)
+        return Content(batch, torch.cat(patches) if patches else None, tuple(grids))
 
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
-        return {"text": next_token_losses(self._answers(micro.content)).sum()}
+        answers = _answers(self.planner, micro.content, self._share)
+        real = taken(micro.real, self._share, micro.content.batch.layout.tokens)
+        return {"text": next_token_losses(answers)[:real].sum()}
 
-    def _answers(self, content: Content) -> NextTokens:
-        batch = content.batch
-        if content.patches is not None:
-            seen = self.planner.see(content.patches.to(self.planner.device), content.grids)
-            batch = replace(batch, sources=seen)
-        text = forward(self.planner, batch, draw(batch, 0, torch.Generator()), contexts=False).text
-        assert text is not None
-        return text
-
-    def samples(self, folder: Path, step: int) -> None:
+    def samples(self, folder: Path, step: int, model: Path) -> None:
         """Questions of the first batch, their answers, and what the model answers when it is told the words before."""
-        micro = self.micro(0, 0)
-        text = self._answers(micro.content)
+        examples = self._feed.pick(0, 0).examples
+        with torch.no_grad():
+            text = _answers(open_trained_planner(model).model, self._content(examples))
         guessed, right = text.logits.argmax(1), text.labels
         decode = self._template.tokenizer.decode
         lines = [
             f"{key}\t{decode(right[text.samples == n].tolist())}\t{decode(guessed[text.samples == n].tolist())}\n"
-            for n, key in enumerate(micro.keys)
+            for n, key in enumerate(example.key for example in examples)
         ]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{step:08d}.tsv").write_text("example\tanswer\tmodel\n" + "".join(lines), encoding="utf-8")
 
-    def export(self, folder: Path) -> None:
-        write_model(self._models.start, folder, self._models.places())
+    def export(self, folder: Path, writer: Writer) -> None:
+        writer(folder)
+
+
+def _answers(planner: Planner, content: Content, share: Share = ALONE) -> NextTokens:
+    batch = content.batch
+    if content.patches is not None:
+        seen = planner.see(content.patches.to(planner.device), content.grids)
+        batch = replace(batch, sources=seen)
+    text = forward(planner, batch, draw(batch, 0, torch.Generator()), contexts=False, share=share).text
+    assert text is not None
+    return text
+
+
+def _values(example: Example) -> int:
+    """How much there is to see."""
+    return sum(source.pixels.numel() for source in example.sources if source.pixels is not None)
 
 
 def _usable(example: Example) -> str | None:

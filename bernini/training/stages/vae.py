@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint import component_folder
+from ...data.encoder import load_vae
 from ...data.example import Example, Features
 from ...data.mixture import Mixture
 from ...media import from_model, to_model
-from ...weights import read_weights, write_json
+from ...parallel.fsdp import Groups
+from ...parallel.mesh import Mesh, alone
+from ...weights import read_json, write_json
 from ..draws import generator
-from ..export import write_model
+from ..export import Writer
 from ..feed import Feed
 from ..models import QUALITY, Models
 from ..recipe import Recipe
-from ..stage import Micro
+from ..stage import Micro, portion
 
 MEASURED = 256
 """Videos that are looked at in the end."""
@@ -30,9 +32,8 @@ MEASURED = 256
 class VaeStage:
     """Losses: ``pixels`` and ``squares``, mean absolute and squared error of values in [-1, 1]; ``kl``, per value."""
 
-    def __init__(self, recipe: Recipe, models: Models, mixture: Mixture) -> None:
-        self._recipe, self._models = recipe, models
-        self.model = models.vae
+    def __init__(self, recipe: Recipe, models: Models, mixture: Mixture, mesh: Mesh | None = None) -> None:
+        self._recipe, self._mesh, self.model = recipe, mesh or alone(), models.vae
         self.parts: Mapping[str, nn.Module] = {"vae": self.model}
         self.weights = {"pixels": recipe.loss.pixels, "squares": recipe.loss.squares, "kl": recipe.loss.kl}
         self._feed = Feed(recipe, mixture, _frames, usable=_usable)
@@ -42,16 +43,25 @@ class VaeStage:
 
     def micro(self, step: int, number: int) -> Micro:
         picked = self._feed.pick(step, number)
-        pixels = {example.key: _target(example.target) for example in picked.examples}
-        frames = sum(x.shape[1] for x in pixels.values())
-        return Micro(pixels, dict.fromkeys(self.weights, float(len(pixels))), frames, tuple(pixels), picked.skipped)
+        once = {example.key: example for example in picked.examples}
+        own, real = portion(list(once.values()), self._mesh, (_moves,), lambda example: _frames(example)[0])
+        pixels = {example.key: _target(example.target) for example in own}
+        frames = sum(x.shape[1] for x in list(pixels.values())[:real])
+        return Micro(pixels, dict.fromkeys(self.weights, float(len(once))), frames, tuple(once), picked.skipped, real)
+
+    def _pixels(self, step: int) -> dict[str, Tensor]:
+        """Of all examples of a step's first micro-batch."""
+        return {example.key: _target(example.target) for example in self._feed.pick(step, 0).examples}
 
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
         sums: dict[str, list[Tensor]] = defaultdict(list)
         shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        # Frames are not cut: of ranks with the same sequences the first one takes the losses.
+        real = set(list(micro.content)[: 0 if self._mesh.sequence.rank else micro.real])
         for key, pixels in micro.content.items():
             shapes[tuple(pixels.shape)].append(key)
         for keys in shapes.values():
+            count = len(real.intersection(keys))  # they come before dummies
             clean = torch.stack([micro.content[key] for key in keys]).to(self.model.device, self.model.dtype)
             posterior = self.model.encode(clean).latent_dist
             noise = torch.stack(
@@ -59,54 +69,62 @@ class VaeStage:
                  for key in keys]
             )  # fmt: skip
             latent = posterior.mean + posterior.std * noise.to(posterior.mean)
-            error = (self.model.decode(latent).sample - clean).flatten(1)
+            error = (self.model.decode(latent).sample - clean).flatten(1)[:count]
             sums["pixels"].append(error.abs().mean(1).sum())
             sums["squares"].append(error.square().mean(1).sum())
-            sums["kl"].append(posterior.kl().sum() / posterior.mean[0].numel())
+            sums["kl"].append(posterior.kl()[:count].sum() / posterior.mean[0].numel())
         return {name: torch.stack(parts).sum() for name, parts in sums.items()}
 
-    def samples(self, folder: Path, step: int) -> None:
+    def samples(self, folder: Path, step: int, model: Path) -> None:
         """A few videos above their reconstructions."""
         from ...contact_sheet import contact_sheet
 
-        rows = []
-        for key, pixels in list(self.micro(0, 0).content.items())[:4]:
-            clean = pixels[None].to(self.model.device, self.model.dtype)
-            rebuilt = self.model.decode(self.model.encode(clean).latent_dist.mode()).sample[0]
+        rows, vae = [], load_vae(model).model
+        for key, pixels in list(self._pixels(0).items())[:4]:
+            clean = pixels[None].to(vae.device, vae.dtype)
+            rebuilt = vae.decode(vae.encode(clean).latent_dist.mode()).sample[0]
             mse = float((rebuilt.clamp(-1, 1) - clean[0]).square().mean() / 4)
             rows += [(key, from_model(pixels)), (f"rebuilt, {-10 * math.log10(mse):.1f} dB", from_model(rebuilt))]
         folder.mkdir(parents=True, exist_ok=True)
         contact_sheet(rows, folder / f"{step:08d}.png", f"step {step}")
 
-    def export(self, folder: Path) -> None:
-        """With the mean and deviation of its latents per channel, which the renderer's latents are normalised by, and
-        with the PSNR of its reconstructions. Both are of examples that come after those of the training."""
-        model, latents, errors = self.model, list[Tensor](), list[float]()
+    def groups(self) -> Groups:
+        """None: it is small, and computes a few frames at a time."""
+        return Groups()
+
+    def export(self, folder: Path, writer: Writer) -> None:
+        writer(folder, self.measure)
+
+    @torch.no_grad()
+    def measure(self, folder: Path) -> None:
+        """Adds the mean and deviation of its latents per channel, which the renderer's latents are normalised by, and
+        the PSNR of its reconstructions, to a checkpoint. Both are of examples that come after those of the training."""
+        model, latents, errors = load_vae(folder).model, list[Tensor](), list[float]()
         step = self._recipe.steps
         while len(errors) < MEASURED:
-            for pixels in self.micro(step, 0).content.values():
+            for pixels in self._pixels(step).values():
                 clean = pixels[None].to(model.device, model.dtype)
                 latent = model.encode(clean).latent_dist.mode()
                 errors.append(float((model.decode(latent).sample.clamp(-1, 1) - clean).square().mean()) / 4)
                 latents.append(latent[0].flatten(1).T.double())
             step += 1
         values = torch.cat(latents)
-        model.register_to_config(latents_mean=values.mean(0).tolist(), latents_std=values.std(0).tolist())
         psnr = sum(-10 * math.log10(max(error, 1e-12)) for error in errors) / len(errors)
-        place = component_folder(self._models.start, "vae")
-        stored = copy.deepcopy(model).to(next(iter(read_weights(place).values())).torch_dtype)
-
-        def write(path: Path) -> None:
-            stored.save_pretrained(str(path))
-            write_json(path / QUALITY, {"psnr": round(psnr, 2), "videos": len(errors)})
-
-        write_model(self._models.start, folder, {}, {place.name: write})
+        place = component_folder(folder, "vae")
+        found = {"latents_mean": values.mean(0).tolist(), "latents_std": values.std(0).tolist()}
+        write_json(place / "config.json", {**read_json(place / "config.json"), **found})
+        write_json(place / QUALITY, {"psnr": round(psnr, 2), "videos": len(errors)})
 
 
 def _frames(example: Example) -> tuple[int, int]:
     """What the budget of the renderer's tokens counts here."""
     assert example.target is not None and example.target.pixels is not None
     return len(example.target.pixels), 0
+
+
+def _moves(example: Example) -> bool:
+    """What goes through the convolutions over time."""
+    return _frames(example)[0] > 1
 
 
 def _usable(example: Example) -> str | None:
