@@ -77,16 +77,16 @@ def content(chosen: Sequence[Item], *, pad: bool) -> Content:
 
 def losses(models: Models, content: Content) -> Losses:
     """By name, of each sample that has the loss (``text``, ``visual``: zero for the others), packed or padded."""
-    count, found, planner = content.batch.layout.num_samples, Losses(), models.planner
+    found, planner = Losses(), models.planner
     outputs: Outputs
     if content.talks is None:
         outputs = forward(planner, content.batch, content.draws)
     else:
         outputs = padded.planner_outputs(planner, content.batch, content.draws, content.talks)
     if outputs.text is not None:
-        found["text"] = next_token_losses(outputs.text, count)
+        found["text"] = next_token_losses(outputs.text)
     if outputs.flow is not None:
-        found["visual"] = decoder_losses(planner.vit_decoder, outputs.flow, count)
+        found["visual"] = decoder_losses(planner.vit_decoder, outputs.flow)
     if content.made:
         plans = [plan for plan in outputs.contexts if plan is not None]
         contexts = [

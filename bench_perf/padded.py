@@ -129,7 +129,8 @@ def planner_outputs(planner: Planner, batch: Batch, draws: Draws, padded: Padded
         seen = padded.mask[:, 0].flatten(0, 1)[at].unflatten(0, padded.asked.shape)[:, None]
         states = planner._partly(planner.text.layers[-1], filled, padded.positions, _dense(seen), at)
         logits = planner.lm_head(planner.text.norm(states[padded.answered]))
-        text = NextTokens(logits, padded.labels, padded.owners)
+        counts = torch.bincount(padded.owners, minlength=padded.rows.count)
+        text = NextTokens(logits, padded.labels, padded.owners, counts)
     flow = training._flow(planner, batch, draws, hidden)
     return Outputs(text, flow, *training._contexts(planner, batch, draws, hidden))
 

@@ -275,7 +275,7 @@ def forward(planner: Planner, batch: Batch, draws: Draws, *, contexts: bool = Tr
 # What goes where is worked out on the host: reading a mask back would wait for the device.
 
 
-def _embeds(planner: Planner, batch: Batch, draws: Draws, share: Share) -> Tensor:
+def _embeds(planner: Planner, batch: Batch, draws: Draws, share: Share = ALONE) -> Tensor:
     """``[T, V]`` of this rank's rows, the masked targets replaced."""
     targets = batch.targets
     if targets is None:
@@ -298,7 +298,7 @@ def _owners(layout: SegmentLayout, places: Tensor) -> tuple[Tensor, Tensor]:
     return owners, torch.bincount(owners, minlength=layout.num_samples)
 
 
-def _flow(planner: Planner, batch: Batch, draws: Draws, hidden: Tensor, share: Share) -> Flow | None:
+def _flow(planner: Planner, batch: Batch, draws: Draws, hidden: Tensor, share: Share = ALONE) -> Flow | None:
     if batch.targets is None:
         return None
     device, places = hidden.device, _masked_places(batch.layout, draws)
@@ -336,7 +336,7 @@ def _next_tokens(
 
 
 def _contexts(
-    planner: Planner, batch: Batch, draws: Draws, hidden: Tensor, share: Share
+    planner: Planner, batch: Batch, draws: Draws, hidden: Tensor, share: Share = ALONE
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
     layout, tokens = batch.layout, batch.target_tokens
     in_sight, given = (torch.ones(layout.tokens, dtype=torch.bool) for _ in range(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -241,8 +242,29 @@ def test_one_sequence_adds_no_copy() -> None:
         attention(q, k, v, backend="sdpa")
     with Recorder() as direct:
         q_HTD, k_HSD, v_HSD = (x.transpose(0, 1)[None] for x in (q, k, v))
-        F.scaled_dot_product_attention(q_HTD, k_HSD, v_HSD)[0].transpose(0, 1)
+        F.scaled_dot_product_attention(q_HTD, k_HSD, v_HSD).squeeze(0).transpose(0, 1)
     assert ours.names == direct.names and not any("copy" in name or "clone" in name for name in ours.names)
+
+
+def test_short_sequences_of_one_shape_go_together() -> None:
+    """Their results and gradients are those of each alone; so are those of the empty and the long between them."""
+    lengths = [(5, 7), (3, 4), (5, 7), (0, 2), (5, 7), (1100, 3), (3, 4)]
+    cu_q, cu_k = ([0, *accumulate(column)] for column in zip(*lengths, strict=True))
+    for dtype, limit in ((torch.float64, 1e-12), (torch.bfloat16, 1e-2)):
+        tensors = tuple(x.requires_grad_() for x in qkv(cu_q[-1], cu_k[-1], 4, 2, 8, 8, dtype))
+        with Recorder() as calls:
+            out = attention(*tensors, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, backend="sdpa")
+        assert sum("scaled_dot_product" in name for name in calls.names) == 3
+        exact = tuple(x.detach().double().requires_grad_() for x in tensors)
+        alone = torch.cat([
+            attention(exact[0][a:b], exact[1][c:d], exact[2][c:d], backend="reference")
+            for (a, b), (c, d) in zip(pairwise(cu_q), pairwise(cu_k), strict=True)
+        ])  # fmt: skip
+        grad = torch.randn(out.shape, dtype=torch.float64)
+        found = (out, *torch.autograd.grad(out, tensors, grad.to(dtype)))
+        wanted = (alone, *torch.autograd.grad(alone, exact, grad.to(dtype).double()))
+        for one, other in zip(found, wanted, strict=True):
+            assert float((one.double() - other).detach().norm()) <= limit * float(other.detach().norm())
 
 
 def test_compile_attention() -> None:
