@@ -13,7 +13,7 @@ PYTEST_ARGS ?= -n 2
 help:
 	@echo 'make demo     a small video from the tiny model, into demo/'
 	@echo 'make test     lint, types and tests'
-	@echo 'make proof    what is proved about the Triton kernels without a GPU; proof-all leaves nothing out'
+	@echo 'make proof    what is proved about kernels and processes without a GPU; proof-all leaves nothing out'
 	@echo 'make bench    all benchmarks, as a table and a chart'
 	@echo 'make native   rebuild the C++ library after a change (the others do it too)'
 	@echo 'make format   apply the formatter and the safe lint fixes'
@@ -52,9 +52,11 @@ test: native
 	cd $(ROOT) && $(BIN)/pytest $(PYTEST_ARGS)
 
 # Kernels run in Triton's interpreter in one process and are compiled in another: Triton decides when it is imported.
+# The last are trainings of several processes, which take too long for `make test`.
 proof: native
 	cd $(ROOT) && TRITON_INTERPRET=1 $(BIN)/pytest $(PYTEST_ARGS) tests/proof/interpreted
 	cd $(ROOT) && $(BIN)/pytest $(PYTEST_ARGS) tests/proof/codegen
+	cd $(ROOT) && $(BIN)/pytest tests/proof/processes
 
 proof-all: export BERNINI_PROOF = all
 proof-all: proof

@@ -20,7 +20,7 @@ from bernini import cli
 from bernini.training import checkpoints
 from bernini.training.trainer import LOG, MODEL
 
-from ..training import small
+from ...training import small
 
 STAGES = ("vae", "understanding", "planner", "renderer", "joint")
 STEPS = 50

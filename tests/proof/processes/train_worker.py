@@ -128,7 +128,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    sys.path.insert(0, str(HERE.parent / "training"))
+    sys.path.insert(0, str(HERE.parents[1] / "training"))
     import small  # noqa: F401
     import torch.distributed.checkpoint.state_dict
     import torch.distributed.fsdp
