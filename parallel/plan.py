@@ -17,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bernini.kernels import SegmentLayout
-from bernini.kernels.segments import Intervals
+from bernini.kernels.segments import DeviceLayout, Intervals
 
 if TYPE_CHECKING:
     import torch
@@ -254,29 +254,12 @@ class LocalLayout:
         return self._copies.setdefault(str(device), LocalDeviceLayout(self, device))
 
 
-class LocalDeviceLayout:
-    """See :class:`bernini.kernels.segments.DeviceLayout`."""
+class LocalDeviceLayout(DeviceLayout):
+    """The same of a part of a layout; its rows point into the whole layout's tables."""
 
     def __init__(self, layout: LocalLayout, device: torch.device | str) -> None:
-        self.layout, self.device = layout, device
-
-    def _copy(self, array: NDArray[np.integer]) -> Tensor:
-        import torch
-
-        return torch.from_numpy(array).to(self.device)
-
-    @cached_property
-    def rows(self) -> Tensor:
-        return self._copy(self.layout.rows)
-
-    @cached_property
-    def timestep_rows(self) -> Tensor:
-        return self._copy(self.layout.timestep_rows)
-
-    @cached_property
-    def target_index(self) -> Tensor:
-        return self._copy(self.layout.target_index)
+        super().__init__(cast(SegmentLayout, layout), device)  # it has the arrays that layers read
+        self._whole = layout.whole
 
     def tables(self, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Those of the whole layout: the rows point into them."""
-        return self.layout.whole.on(self.device).tables(head_dim, theta)
+        return self._whole.on(self.device).tables(head_dim, theta)
