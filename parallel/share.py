@@ -83,10 +83,6 @@ class Share:
         cut = Cut.even(tokens, self.group.size)
         return gathered(self.group, cut if at is None else Cut.chosen(at.numpy(), cut), own)
 
-    def gather(self, rows: Tensor, cut: Cut) -> Tensor:
-        """``[cut.rows, ...]``, the rows of all ranks, without gradients."""
-        return rows if self.group.size == 1 else self.group.gather(rows.contiguous(), cut.sizes)
-
 
 ALONE = Share()
 """One process."""

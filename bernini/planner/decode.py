@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bernini.kernels import attention, interval_attention
-from bernini.parallel.plan import Cut, Range, clipped
+from bernini.parallel.plan import Range, clipped
 from bernini.parallel.share import ALONE, Share
 
 from .model import Planner
@@ -184,8 +184,7 @@ class Prefix:
 
         own = None if at is None else share.own(at, total).to(rows.device)
         hidden = self._planner.hidden(rows[start:stop], positions[:, start:stop], attend, own)
-        cut = Cut.even(total, share.group.size)
-        return share.gather(hidden, cut if at is None else Cut.chosen(at.numpy(), cut))
+        return share.gathered(hidden, total, at)
 
     @property
     def _last(self) -> int:

@@ -17,7 +17,7 @@ from bernini.kernels import SegmentLayout, guide, scatter_rows
 from bernini.parallel.packer import Packer
 from bernini.parallel.plan import Cut, LocalLayout
 from bernini.parallel.share import ALONE, Share
-from bernini.parallel.ulysses import Ulysses
+from bernini.parallel.ulysses import Ulysses, gathered
 
 from .config import RendererConfig
 from .guidance import Plan, Projection
@@ -173,7 +173,7 @@ def sample(
             scatter_rows(branch.tokens, [latent[branch.here]], [branch.layout.on(latent.device).target_index])
             velocity = model(branch.tokens, branch.layout, time, contexts[branch.text], attend=branch.attend)
             if branch.targets is not None:
-                velocity = share.gather(velocity, branch.targets)
+                velocity = gathered(share.group, branch.targets, velocity)
             results.append(velocity.view(frames, -1))
         # In x0 space, at sigma 0, nothing is left to guide.
         apg = plan.apg if plan.apg and (levels.sigmas[step] > 0 or plan.apg.space != "x0") else None

@@ -22,8 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench_perf import ulysses as bench
-from bench_perf.ulysses import Counted, Moves
+from bench_perf.moves import Counted, Moves, shapes_backend
 from bernini.kernels import Segment, SegmentLayout
 from bernini.parallel import plan as plans
 from bernini.parallel import ulysses
@@ -460,7 +459,7 @@ def layers() -> list[Case]:
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_bytes_copies_and_waits(ranks: int) -> None:
     """One exchange each way, forward and backward; what a rank needs and no more; one copy at most; no waiting."""
-    with bench.shapes_backend() as backend:
+    with shapes_backend() as backend:
         # One sequence is attended to without a copy, so there the real one can be watched.
         by = [backend if case.layout.num_samples > 1 else "sdpa" for case in layers()]
         found = simulate(ranks, lambda group: [watched(case, group, b) for case, b in zip(layers(), by, strict=True)])
