@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,10 @@ from .data import words
 from .data.scene import BACKGROUNDS, COLORS, RADII, SHAPES
 from .renderer.config import RendererConfig
 from .toy_full import SMALL, SPOKEN, write_checkpoint
+
+PLACE, SHARP = 2.0, 1.6
+"""Of a renderer's initial weights: biases of q and k on the fastest rotated pair of each axis (half of it on the next),
+and norm weights of these pairs."""
 
 LOGVAR = -6.0
 """Of an untrained autoencoder's posteriors. At 0, where torch's initial weights have it, their noise is as large as all
@@ -68,6 +73,8 @@ def write_toy_start(folder: str | Path, *, seed: int = 0) -> Path:
             metadata = stored.metadata()
         if file.parent.name == "vae":
             _begin(tensors, torch.Generator().manual_seed(seed))
+        if file.parent.name == "bernini":
+            _begin_renderer(tensors, TOY.renderer)
         save_file(tensors, file, metadata=metadata)
     return folder
 
@@ -85,3 +92,32 @@ def _begin(vae: dict[str, Tensor], generator: torch.Generator) -> None:
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
     bias = vae["quant_conv.bias"]
     bias[len(bias) // 2 :] = LOGVAR
+
+
+def _begin_renderer(tensors: dict[str, Tensor], config: RendererConfig) -> None:
+    """Initial weights from which a small renderer soon learns to look at places and not at the mean of all.
+
+    With torch's own, q and k of RMS 1 under rotations of few pairs tell neighboring places hardly apart. So the heads
+    take turns: one prefers its own place in its own segment, one its own place in the first source, and one is free.
+    Measured on edits over 400 steps: a loss of 0.45 instead of 0.51.
+    """
+    heads, dim = config.num_attention_heads, config.attention_head_dim
+    side = dim // 6
+    starts = (0, dim // 2 - 2 * side, dim // 2 - side)  # of the pairs of t, h and w
+    for layer in range(config.num_layers):
+        block = f"diff_dec.transformer.blocks.{layer}."
+        to_q, to_k, norm_q, norm_k = (
+            tensors[f"{block}attn1.{name}"].view(heads, dim // 2, 2)
+            for name in ("to_q.bias", "to_k.bias", "norm_q.weight", "norm_k.weight")
+        )
+        to_q.zero_()
+        to_k.zero_()
+        for head in range(heads):
+            if head % 3 == 2:
+                continue
+            for pair, size in ((start + n, PLACE / (1 + n)) for start in starts for n in range(2)):
+                # The first source's id turns its keys by this angle; k begins turned back by it.
+                turn = 10000.0 ** (-2 * pair / dim) if head % 3 == 1 else 0.0
+                to_q[head, pair, 0] = size
+                to_k[head, pair] = torch.tensor([size * math.cos(turn), -size * math.sin(turn)])
+                norm_q[head, pair] = norm_k[head, pair] = SHARP

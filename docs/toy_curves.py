@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 RUNS = {
-    "vae": ("loss",), "vae-finish": ("loss",), "understanding": ("text",), "renderer": ("dit",),
-    "renderer-finish": ("dit",), "planner": ("visual", "text"), "joint": ("dit", "visual", "text"),
+    "vae": ("loss",), "vae-finish": ("loss",), "understanding": ("text",),
+    "planner": ("visual", "text"), "renderer": ("dit",), "joint": ("dit", "visual", "text"),
 }  # fmt: skip
 """Losses that are drawn, by run."""
 

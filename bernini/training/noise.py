@@ -45,15 +45,10 @@ _RELEASE: Mapping[str, tuple[Weighting, float]] = {
 TABLES: Mapping[str, Mapping[str, tuple[Weighting, float]]] = {
     "release": _RELEASE,
     "paper": {**_RELEASE, "r2v": ("mode", 5.0)},
-    "small": {task: (weighting, 1.0) for task, (weighting, _) in _RELEASE.items()},
 }
 """(weighting, shift) by task. ``release`` is what the published training code does; ``paper`` is table 4, whose I2V is
 both i2v and r2v here and whose IV2V is rv2v. They differ in r2v alone. ``vi2v``, ``vr2v`` and ``vrc2v`` are the
-release's names of video edits with pictures.
-
-``small`` has no shifts. Noise hides less of a latent with more tokens, so a shift that suits tens of thousands of them
-keeps the toy's 48 at levels where nothing of their details is left (arXiv 2403.03206, section 5.3.2: the shift grows
-with the root of their number)."""
+release's names of video edits with pictures."""
 
 _PATIENCE = 1_000_000
 """Draws in a row that may miss the range before it is taken for a mistake."""

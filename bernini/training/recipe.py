@@ -121,7 +121,7 @@ class Noise:
 
     low: float = 0.0
     high: float = 1.0
-    table: Literal["paper", "release", "small"] = "paper"
+    table: Literal["paper", "release"] = "paper"
 
 
 @dataclass(frozen=True)
