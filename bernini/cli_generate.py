@@ -21,6 +21,7 @@ from .cli_options import Place, place, request_options
 from .cli_ranks import options, sizes, together
 from .cli_screen import Stopwatch, progress_bar, quiet_libraries, say
 from .errors import UserError
+from .shipped import SAYS, shipped
 
 if TYPE_CHECKING:
     from bernini.parallel.mesh import Mesh
@@ -47,6 +48,9 @@ class Job:
 
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit code."""
+    if args.model is None:
+        args.model = str(shipped())
+        say(f"no --model: {SAYS}")
     agree = {"option": options(args), "model": lambda: sizes(Path(args.model))}
     with together(args.device, agree=agree) as mesh:
         return _run(args, mesh) if args.inputs is None else _run_list(args, mesh)
@@ -138,7 +142,8 @@ def _enough_memory() -> Iterator[None]:
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         raise UserError(
-            "out of memory; fewer --num-frames, a smaller --size, --dtype bfloat16 and --low-memory take less"
+            "out of memory; fewer --num-frames, a smaller --size, --dtype bfloat16, --low-memory or a --memory limit "
+            "take less"
         ) from error
 
 
@@ -241,6 +246,8 @@ def _load(args: argparse.Namespace, where: Place, mesh: Mesh) -> Bernini:
         dtype=where.dtype,
         attention=where.attention,
         low_memory=args.low_memory,
+        memory=args.memory,
+        vae_tiling=args.vae_tiling,
         components=args.components,
         share=Share(mesh.world, LEAST if args.share_from is None else args.share_from),
     )
@@ -251,6 +258,7 @@ def _generate(model: Bernini, where: Place, job: Job, *, write: bool) -> None:
     from .sources import result_shape
 
     settings = job.settings
+    choice = model.fit(job.request)
     frames, height, width = result_shape(job.request, settings)
     planning = settings.planning
     plans = f"{planning.steps} planning steps, " if planning is not None and job.request.plan is None else ""
@@ -259,6 +267,8 @@ def _generate(model: Bernini, where: Place, job: Job, *, write: bool) -> None:
         f"{settings.steps} steps, "
         f"{frames} frame{'s' if frames > 1 else ''} of {height}x{width}, seed {job.request.seed}; {where.describe()}"
     )
+    if choice is not None:
+        say(f"{job.name}: {choice.describe()}")
     with progress_bar() as progress:
         watch = Stopwatch(progress)
         clip = model.generate(job.request, watch, partial(_write_plan, job) if write else None)

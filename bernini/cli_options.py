@@ -84,6 +84,15 @@ rate = _typed(float, "number", cases.rate)
 positive = _typed(float, "number", cases.positive)
 
 
+def memory(text: str) -> int:
+    from .memory.amounts import memory_size
+
+    try:
+        return memory_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def size(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and len(part) < 7 for part in parts):
@@ -104,7 +113,7 @@ REQUEST = (
 
 
 def add_generate(parser: Parser) -> None:
-    parser.usage = "bernini generate --model DIR [--prompt TEXT] [--video FILE] [--image FILE] --output FILE [options]"
+    parser.usage = "bernini generate [--model DIR] [--prompt TEXT] [--video FILE] [--image FILE] --output FILE [...]"
     parser.description = (
         "Makes or edits a video or an image. The task follows from the inputs (a picture as output asks for an image) "
         "unless --task names it; settings come from the task's preset unless given. Underscores do as well as dashes."
@@ -184,12 +193,20 @@ def add_generate(parser: Parser) -> None:
     group.add_argument("--plan-image", type=Path, metavar="FILE.png", help="draw the plan beside the sources")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, or owner/name on the hub")
+    group.add_argument(
+        "--model", metavar="DIR", help="checkpoint folder, or owner/name on the hub (default: the shipped toy)"
+    )
     group.add_argument("--components", metavar="DIR", help="where vae, text_encoder and tokenizer are, if elsewhere")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     group.add_argument("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
     group.add_argument("--attention", default="auto", metavar="NAME", help="attention backend (default: auto)")
-    group.add_argument("--low-memory", action="store_true", help="keep one expert in memory at a time")
+    memories = group.add_mutually_exclusive_group()
+    memories.add_argument("--low-memory", action="store_true", help="keep one expert in memory at a time")
+    memories.add_argument("--memory", type=memory, metavar="SIZE",
+                          help="weights and all that is computed take at most so much, e.g. 12GiB: parts are loaded "
+                          "when needed or streamed; the result is the same")  # fmt: skip
+    group.add_argument("--vae-tiling", action="store_true",
+                       help="the VAE works on tiles: less memory for large frames, another result")  # fmt: skip
     group.add_argument("--share-from", type=count, metavar="N",
                        help="of processes, the tokens from which on they share a sequence (default: 4096)")  # fmt: skip
 

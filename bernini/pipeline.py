@@ -19,10 +19,12 @@ from torch import Tensor
 
 from bernini.kernels import Segment, SegmentLayout, segment_phases
 
-from .checkpoint import CheckpointError, component_folder, open_experts, read_json, read_layout, resolve
-from .geometry import MLLM_CONFIG, RELEASED, Geometry
-from .media import Clip, from_model, to_model
+from .checkpoint import component_folder, open_experts, read_layout, resolve
+from .errors import UserError
+from .geometry import RELEASED, Geometry
+from .media import Clip
 from .parallel.share import ALONE, Share
+from .parts import load_part, open_stage, read_geometry
 from .presets import TASK_PREFIXES
 from .renderer.latents import patch_grid, patchify, unpatchify
 from .renderer.model import Renderer
@@ -30,10 +32,15 @@ from .renderer.sampler import ExpertPair, Experts, OneAtATime, Which, sample
 from .renderer.schedule import make_solver
 from .renderer.text import TextEncoder
 from .renderer.vae import VideoAutoencoder
+from .renderer.vae_chunks import decode, encode
 from .request import Request, Settings, settle
+from .shipped import shipped
 from .sources import read_sources, result_shape
 
 if TYPE_CHECKING:
+    from .memory.choose import Choice
+    from .memory.needs import Stage
+    from .memory.residency import Residency
     from .planner.stage import Planned, PlannerStage
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
@@ -60,9 +67,10 @@ class Bernini:
         planner: Callable[[], PlannerStage] | None = None,
         geometry: Geometry = RELEASED,
         share: Share = ALONE,
+        residency: Residency | None = None,
     ) -> None:
         self.experts, self.text, self.vae, self.device, self._planner = experts, text, vae, device, planner
-        self.geometry, self.share = geometry, share
+        self.geometry, self.share, self.residency = geometry, share, residency
 
     @property
     def has_planner(self) -> bool:
@@ -71,52 +79,80 @@ class Bernini:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path,
+        model: str | Path | None = None,
         *,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         attention: str = "auto",
         low_memory: bool = False,
+        memory: int | None = None,
+        vae_tiling: bool = False,
         components: str | Path | None = None,
         share: Share = ALONE,
     ) -> Bernini:
         """Loads a checkpoint in one of the released layouts: Bernini-R, its raw export, or a full Bernini.
 
         Args:
-            model: a folder, or a Hugging Face repository ``owner/name``.
+            model: a folder, or a Hugging Face repository ``owner/name``; by default the toy of the package.
             dtype: of experts and text encoder; by default bfloat16 on an accelerator and float32 on a CPU. The VAE
                 always runs in float32.
             attention: a backend of ``bernini.kernels.attention``'s table, or ``"auto"``.
             low_memory: keeps one expert in memory at a time and loads the other when its steps begin; the planner is
                 loaded for each request and gone before the first expert comes.
+            memory: bytes on the device that weights and what is computed may take. For each request it is chosen which
+                parts stay, which are loaded for their stage and which have their blocks streamed
+                (:mod:`bernini.memory`); the results are the same bits. The interpreter and its libraries come on top.
+            vae_tiling: the VAE works on tiles that are blended: less memory for large frames, another result.
             components: folder or repository with ``vae``, ``text_encoder`` and ``tokenizer``, where ``model`` is a raw
                 export that has none.
             share: processes that serve every request together: each calls this and then asks for the same.
 
         Raises:
             CheckpointError: the folder, a file or a tensor is missing or wrong.
+            UserError: ``memory`` and ``low_memory``, which exclude each other.
         """
         from diffusers import AutoencoderKLWan
         from transformers import AutoTokenizer, UMT5EncoderModel
 
-        folder = resolve(str(model))
+        folder = resolve(str(shipped() if model is None else model))
         parts = folder if components is None else resolve(str(components), parts=COMPONENTS)
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         # Headers first, then the small parts: what is wrong is said before gigabytes are read.
         files = open_experts(folder, dtype=dtype, device=device)
-        vae = _load(component_folder(parts, "vae"), AutoencoderKLWan.from_pretrained, torch_dtype=torch.float32)
-        encoder = _load(component_folder(parts, "text_encoder"), UMT5EncoderModel.from_pretrained, dtype=dtype)
-        tokenizer = _load(component_folder(parts, "tokenizer"), AutoTokenizer.from_pretrained)
+        vae_folder, text_folder = component_folder(parts, "vae"), component_folder(parts, "text_encoder")
+
+        def load_vae() -> Any:
+            vae = load_part(vae_folder, AutoencoderKLWan.from_pretrained, torch_dtype=torch.float32)
+            if vae_tiling:
+                vae.enable_tiling()
+            return vae.to(device).eval()
+
+        def load_text() -> Any:
+            return load_part(text_folder, UMT5EncoderModel.from_pretrained, dtype=dtype).to(device).eval()
 
         def load(which: Which) -> Renderer:
             expert = files.load(which)
             expert.backend = attention
             return expert
 
-        geometry = _geometry(folder, component_folder(parts, "vae") / "config.json", vae.config, files.config.to_dict())
         bundle = read_layout(folder).kind == "bundle"
-        planner = _planner(folder, dtype, device, attention, geometry, share) if bundle else None
+        if memory is not None:
+            if low_memory:
+                raise UserError("memory and low_memory exclude each other; memory chooses for itself")
+            from .memory.opening import open_within
+
+            return open_within(
+                cls, memory, folder, files, vae_folder, text_folder, component_folder(parts, "tokenizer"),
+                load_vae, load_text, device=device, dtype=dtype, attention=attention, share=share, tiling=vae_tiling,
+            )  # fmt: skip
+        vae, encoder = load_vae(), load_text()
+        tokenizer = load_part(component_folder(parts, "tokenizer"), AutoTokenizer.from_pretrained)
+        geometry = read_geometry(folder, vae_folder / "config.json", vae.config, files.config.to_dict())
+        planner = None
+        if bundle:
+            source, _, make = open_stage(folder, attention, geometry, share)
+            planner = lambda: make(source.load(dtype=dtype, device=device))  # noqa: E731
         experts: ExpertPair
         if planner is not None and not low_memory:
             stage = planner()
@@ -125,8 +161,22 @@ class Bernini:
             experts = OneAtATime(load, files.config, has_low=files.has_low, boundary=files.boundary)
         else:
             experts = Experts(load("high"), load("low") if files.has_low else None, files.boundary)
-        text = TextEncoder(tokenizer, encoder.to(device).eval(), geometry.text_tokens)
-        return cls(experts, text, VideoAutoencoder(vae.to(device).eval()), device, planner, geometry, share)
+        text = TextEncoder(tokenizer, encoder, geometry.text_tokens)
+        return cls(experts, text, VideoAutoencoder(vae), device, planner, geometry, share)
+
+    def fit(self, request: Request) -> Choice | None:
+        """What is kept where for a request, under the memory limit that the model was loaded with; else ``None``.
+
+        Raises:
+            UserError: an option that cannot work, or a limit that is too small; it names the least that would do.
+            MediaError: a file that cannot be read.
+        """
+        if self.residency is None:
+            return None
+        from .memory.needs import Job
+
+        chosen = settle(request, planner=self.has_planner, geometry=self.geometry)
+        return self.residency.choice(Job.of(read_sources(request, chosen), chosen))
 
     def __call__(self, prompt: str, *, progress: Progress | None = None, **options: Any) -> Clip:
         """``generate(Request(prompt, **options))``."""
@@ -146,13 +196,29 @@ class Bernini:
         chosen = settle(request, planner=self.has_planner, geometry=self.geometry)
         report = progress or (lambda stage, done, total: None)
         request = read_sources(request, chosen, report)
+        if self.residency is None:
+            return self._generate(request, chosen, report, on_plan)
+        from .memory.needs import Job
+
+        self.residency.prepare(Job.of(request, chosen))
+        try:
+            return self._generate(request, chosen, report, on_plan)
+        finally:
+            self.residency.leave_all()
+
+    def _generate(
+        self, request: Request, chosen: Settings, report: Progress, on_plan: Callable[[Planned], None] | None
+    ) -> Clip:
+        """``request`` has its sources read."""
         shape = self.vae.latent_shape(*result_shape(request, chosen))
         texts = self._contexts(request, chosen, shape, report, on_plan)
-        sources = [to_model(source) for source in (*request.videos, *request.images)]  # type: ignore[arg-type]
+        self._leave("text")
+        sources: list[Clip | Tensor] = [*request.videos, *request.images]  # type: ignore[list-item]
         latents = []
-        for number, pixels in enumerate(sources):
+        for number, source in enumerate(sources):
             report("encoding", number, len(sources))
-            latents.append(self.vae.encode(pixels.to(self.device)))
+            latents.append(encode(self.vae, source, self.device))
+        self._leave("encoding")
         layout = self._layout([tuple(latent.shape) for latent in latents], shape, request)
         noise = torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(request.seed))[0]
         tokens = sample(
@@ -168,11 +234,16 @@ class Bernini:
             progress=partial(report, "sampling"),
             share=self.share,
         )
+        self._leave("sampling")
         report("decoding", 0, 1)
         target = unpatchify(tokens, layout.segments[-1].grid, self._patch)
-        result = Clip(from_model(self.vae.decode(target)), chosen.fps)
+        result = Clip(decode(self.vae, target), chosen.fps)
         report("decoding", 1, 1)
         return result
+
+    def _leave(self, stage: Stage) -> None:
+        if self.residency is not None:
+            self.residency.leave(stage)
 
     def _contexts(
         self, request: Request, chosen: Settings, latent_shape: tuple[int, ...], report: Progress,
@@ -180,6 +251,7 @@ class Bernini:
     ) -> dict[str, Tensor]:  # fmt: skip
         """The renderer's contexts by name: the text's states, and behind them, with a planner, its own."""
         planned = self._plan(request, chosen, latent_shape, report)
+        self._leave("planning")
         if planned is not None and on_plan is not None:
             on_plan(planned)
         texts = {
@@ -243,43 +315,3 @@ class Bernini:
                 Segment("target", patch_grid(target, self._patch)),
             ]
         )
-
-
-def _geometry(folder: Path, vae_file: Path, vae: Any, renderer: dict[str, Any]) -> Geometry:
-    """From the parts' configs as they were loaded, and the checkpoint's own, which a raw export need not have."""
-    root, mllm = (read_json(path) if path.is_file() else {} for path in (folder / "config.json", folder / MLLM_CONFIG))
-    return Geometry.of(root, dict(vae), renderer, mllm, folder=folder, vae_file=vae_file)
-
-
-def _planner(
-    folder: Path, dtype: torch.dtype, device: str, attention: str, geometry: Geometry, share: Share
-) -> Callable[[], PlannerStage]:
-    """Checks a bundle's planner now; the function that comes back loads it."""
-    from transformers import AutoTokenizer
-
-    from .planner.loading import MLLM_FOLDER, open_planner
-    from .planner.model import qwen_configs
-    from .planner.stage import PlannerStage
-    from .planner.vision import VisionRules
-
-    source = open_planner(folder)
-    tokenizer = _load(folder / MLLM_FOLDER, AutoTokenizer.from_pretrained)
-    file = folder / MLLM_FOLDER / "preprocessor_config.json"
-    try:
-        rules = VisionRules.of(qwen_configs(source.config.mllm)[1], read_json(file) if file.is_file() else {})
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-
-    def load() -> PlannerStage:
-        planner = source.load(dtype=dtype, device=device)
-        return PlannerStage(planner, tokenizer, rules, backend=attention, geometry=geometry, share=share)
-
-    return load
-
-
-def _load(folder: Path, load: Callable[..., Any], **options: Any) -> Any:
-    """A library's ``from_pretrained`` on a local folder, its many errors turned into one that names the folder."""
-    try:
-        return load(str(folder), local_files_only=True, **options)
-    except Exception as error:
-        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {error})") from error

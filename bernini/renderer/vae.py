@@ -22,7 +22,7 @@ class VideoAutoencoder:
         self.spatial_stride, self.temporal_stride = vae_strides(dict(model.config))
         self.channels = int(model.config.z_dim)
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (
             like.new_tensor(v).view(-1, 1, 1, 1)
             for v in (self.model.config.latents_mean, self.model.config.latents_std)
@@ -39,12 +39,12 @@ class VideoAutoencoder:
         """``[3, F, H, W]`` in [-1, 1] -> ``[C, T, h, w]`` (:meth:`latent_shape`)."""
         pixels = pixels_3FHW.to(self.model.device, self.model.dtype)
         latent = self.model.encode(pixels[None]).latent_dist.mode()[0]
-        mean, std = self._statistics(latent)
+        mean, std = self.statistics(latent)
         return (latent - mean) / std
 
     @torch.no_grad()
     def decode(self, latent_CTHW: Tensor) -> Tensor:
         """``[C, T, h, w]`` -> ``[3, F, H, W]`` in [-1, 1]."""
         latent = latent_CTHW.to(self.model.device, self.model.dtype)
-        mean, std = self._statistics(latent)
+        mean, std = self.statistics(latent)
         return self.model.decode((latent * std + mean)[None]).sample[0].clamp(-1, 1)

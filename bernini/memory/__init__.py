@@ -1,0 +1,1 @@
+"""The whole pipeline within a stated amount of memory: what stays loaded, what comes for its stage, what streams."""
