@@ -13,8 +13,7 @@ from typing import Any
 from .cli_options import count, positive, seed
 from .cli_screen import progress_bar, quiet_libraries, say
 from .errors import UserError
-
-SHIPPED = Path(__file__).parent / "assets/toy"
+from .shipped import shipped
 
 
 def add(commands: Any) -> None:
@@ -116,12 +115,9 @@ def run_ablations(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace) -> Path:
     """The folder that was asked for, once it is sure that it can be measured at all."""
-    folder: Path = SHIPPED if args.model is None else args.model
+    folder: Path = shipped() if args.model is None else args.model
     if not folder.is_dir():
-        raise UserError(
-            "no model is shipped with this installation; give --model DIR" if args.model is None
-            else f"{folder}: no such folder"
-        )  # fmt: skip
+        raise UserError(f"{folder}: no such folder")
     try:
         import sklearn  # noqa: F401
     except ImportError:

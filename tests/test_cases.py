@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import drawings
 import pytest
 import torch
 
-from bernini import Bernini, cli, demo
+from bernini import Bernini, cli
 from bernini.cases import Case, read_case, read_cases, to_request
 from bernini.errors import UserError
 from bernini.media import read_video
@@ -32,7 +33,7 @@ def write(path: Path, value: Any) -> Path:
 
 def video(path: Path, frames: int = 5) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, demo.draw_clip(frames, 32, 48).frames, 16)
+    write_video(path, drawings.draw_clip(frames, 32, 48).frames, 16)
     return path
 
 
@@ -223,7 +224,7 @@ def test_a_list_goes_on_after_a_failure(
     """One model for all; what fails is told, the rest is made, and the exit code is 2."""
     video(tmp_path / "in.mp4")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    write_image(tmp_path / "in.png", demo.draw_house(32, 48))
+    write_image(tmp_path / "in.png", drawings.draw_house(32, 48))
     loads: list[Any] = []
     load = Bernini.from_pretrained
     monkeypatch.setattr(Bernini, "from_pretrained", lambda *a, **k: loads.append(a) or load(*a, **k))

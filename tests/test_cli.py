@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import drawings
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bernini import Bernini, cli, cli_options, cli_screen, demo
+from bernini import Bernini, cli, cli_options, cli_screen, demo, shipped
 from bernini.cases import to_request
 from bernini.media import read_image, read_video
 from bernini.media_write import write_video
@@ -42,9 +43,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``in.mp4`` (9 frames of 48x64) and ``in.png`` (64x96)."""
     folder = tmp_path_factory.mktemp("media")
-    clip = demo.draw_clip(frames=9, height=48, width=64)
+    clip = drawings.draw_clip(frames=9, height=48, width=64)
     write_video(folder / "in.mp4", clip.frames, clip.fps)
-    Image.fromarray(demo.draw_house(64, 96).numpy()).save(folder / "in.png")
+    Image.fromarray(drawings.draw_house(64, 96).numpy()).save(folder / "in.png")
     return folder
 
 
@@ -227,7 +228,7 @@ def test_an_animation_and_a_folder_of_frames(toy: Path, tmp_path: Path) -> None:
 
 
 def odd_image(folder: Path, kind: str) -> Path:
-    base = Image.fromarray(demo.draw_house(75, 101).numpy())
+    base = Image.fromarray(drawings.draw_house(75, 101).numpy())
     path = folder / f"{kind}.png"
     if kind == "alpha":
         base.putalpha(128)
@@ -273,7 +274,7 @@ def encode(path: Path, frames: Tensor, times: list[float]) -> Path:
 )
 def test_videos_of_every_kind(toy: Path, tmp_path: Path, name: str, times: list[float], frames: int) -> None:
     """Odd sizes, a variable rate, a single frame."""
-    path = encode(tmp_path / name, demo.draw_clip(len(times), 51, 67).frames, times)
+    path = encode(tmp_path / name, drawings.draw_clip(len(times), 51, 67).frames, times)
     assert generate(toy, None, "--video", path, "--steps", "1", "--frames-dir", tmp_path / "frames") == 0
     assert frames_of(tmp_path / "frames").shape == (frames, 48, 64, 3)
 
@@ -519,11 +520,27 @@ def test_the_demo_shows_every_task(tmp_path: Path, capsys: pytest.CaptureFixture
     assert picture.shape[0] > 6 * 150 and picture.shape[1] > 1200 and picture.float().std() > 20
     for part in demo.PARTS:
         path = tmp_path / "d" / f"{part.task}{part.suffix}"
-        shape = read_image(path)[None].shape if part.suffix == ".png" else read_video(path).frames.shape
-        assert shape == (1 if part.suffix == ".png" else 9, 64, 96, 3)
-    assert read_video(tmp_path / "d" / "ball.mp4").frames.float().std() > 20
+        shape = read_image(path)[None].shape if part.suffix == ".png" else read_video(path, fps=8).frames.shape
+        assert shape == (1 if part.suffix == ".png" else 9, 32, 32, 3)
+    assert read_video(tmp_path / "d" / "circle.mp4").frames.float().std() > 20
     (tmp_path / "file").touch()
     refused(capsys, lambda: cli.main(["demo", "--output", str(tmp_path / "file")]), "file: cannot be made a folder")
+
+
+def test_without_a_model_the_shipped_one_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = ["--prompt", "a large red circle moves right on a gray background"]
+    assert cli.main(["generate", *prompt, "--output", str(tmp_path / "a.mp4"), "--steps", "2"]) == 0
+    assert shipped.SAYS in capsys.readouterr().err
+    assert read_video(tmp_path / "a.mp4", fps=8).frames.shape == (9, 32, 32, 3)
+
+
+def test_an_installation_without_the_toy_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "toy")
+    for command in (["generate", "--prompt", "x", "--output", str(tmp_path / "x.mp4")], ["demo"], ["eval", "toy"]):
+        refused(capsys, lambda command=command: cli.main(command), "no model is shipped")
+    assert not list(tmp_path.iterdir())
 
 
 def test_cases_of_the_readme_are_json() -> None:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import drawings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bernini import Bernini, cli, demo
+from bernini import Bernini, cli
 from bernini.checkpoint import CheckpointError
 from bernini.errors import UserError
 from bernini.geometry import RELEASED, Geometry, peek, vae_strides
@@ -49,8 +50,8 @@ def model(small: Path) -> Bernini:
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Larger, longer and at another rate than the model's own."""
     folder = tmp_path_factory.mktemp("media")
-    write_video(folder / "in.mp4", demo.draw_clip(33, 64, 64).frames, 16)
-    write_image(folder / "in.png", demo.draw_house(48, 48))
+    write_video(folder / "in.mp4", drawings.draw_clip(33, 64, 64).frames, 16)
+    write_image(folder / "in.png", drawings.draw_house(48, 48))
     return folder
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import drawings
 import pytest
 import torch
 
-from bernini import demo
 from bernini.media import read_video
 from bernini.media_write import write_video
 from bernini.renderer.text import MAX_TEXT_TOKENS, TextEncoder, clean_prompt
@@ -22,7 +22,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    clip = demo.draw_clip(frames=9, height=48, width=64)
+    clip = drawings.draw_clip(frames=9, height=48, width=64)
     path = tmp_path_factory.mktemp("media") / "in.mp4"
     write_video(path, clip.frames, clip.fps)
     return path

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import drawings
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bernini import Bernini, cli, demo
+from bernini import Bernini, cli
 from bernini.cases import to_request
 from bernini.checkpoint import CheckpointError
 from bernini.errors import UserError
@@ -50,12 +51,12 @@ def model(full: Path) -> Bernini:
 
 
 def clip(shift: int = 0) -> Clip:
-    drawn = demo.draw_clip(9, 32, 48)
+    drawn = drawings.draw_clip(9, 32, 48)
     return Clip(drawn.frames.roll(shift, dims=2), drawn.fps)
 
 
 def still() -> Tensor:
-    return demo.draw_house(32, 32)
+    return drawings.draw_house(32, 32)
 
 
 SOURCES: dict[str, dict[str, Any]] = {

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import drawings
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bernini import Bernini, demo
+from bernini import Bernini
 from bernini.kernels import Segment, SegmentLayout
 from bernini.media import Clip
 from bernini.parallel.group import Group, simulate
@@ -180,7 +181,7 @@ def shared(model: Bernini, share: Share) -> Bernini:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_an_edit_from_end_to_end(model: Bernini, ranks: int) -> None:
-    drawn = demo.draw_clip(9, 32, 48)
+    drawn = drawings.draw_clip(9, 32, 48)
     source = Clip(drawn.frames, drawn.fps)
 
     def work(group: Group | None) -> Tensor:
