@@ -6,6 +6,7 @@ from __future__ import annotations
 BENCHMARKS: dict[str, str] = {
     "import": "bench_perf.import_",
     "load": "bench_perf.load",
+    "memory": "bench_perf.memory",
     "renderer": "bench_perf.renderer",
     "planner": "bench_perf.planner",
     "packing": "bench_perf.packing",
@@ -17,6 +18,9 @@ BENCHMARKS: dict[str, str] = {
     "scatter": "bench_perf.scatter",
     "packer": "bench_perf.packer",
     "ulysses": "bench_perf.ulysses",
+    "arena": "bench_perf.arena",
+    "offload_sim": "bench_perf.offload_sim",
+    "offload_real": "bench_perf.offload_real",
 }
 
 # Names that run several of them.

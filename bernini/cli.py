@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, cli_data, cli_eval, cli_export, cli_generate, cli_train
+from . import __version__, cli_convert, cli_data, cli_eval, cli_export, cli_generate, cli_train
 from .cli_options import Parser, add_generate, count, parse, seed
 from .cli_screen import own_warnings, progress_bar, quiet_libraries
 from .errors import UserError
@@ -59,15 +59,16 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     cli_data.add(commands)
     cli_train.add(commands)
+    cli_convert.add(commands)
     cli_export.add(commands)
     cli_eval.add(commands)
 
     doctor = commands.add_parser("doctor", help="tell what this machine can run, and why not more")
     doctor.set_defaults(run=_doctor)
 
-    demo = commands.add_parser("demo", help="send small drawn media through the whole renderer, one task after another")
+    demo = commands.add_parser("demo", help="send drawn scenes through every task of the shipped toy")
     demo.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="folder (default: demo)")
-    demo.add_argument("--steps", type=count, default=3, help="sampling steps (default: 3)")
+    demo.add_argument("--steps", type=count, help="sampling steps (default: the preset's)")
     demo.set_defaults(run=_demo)
     return parser, commands.choices
 

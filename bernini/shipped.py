@@ -17,5 +17,5 @@ def shipped() -> Path:
         UserError: this installation was built without it.
     """
     if not (FOLDER / "config.json").is_file():
-        raise UserError(f"no model is shipped with this installation ({FOLDER} is missing); give --model DIR")
+        raise UserError(f"no model is shipped with this installation; give --model DIR ({FOLDER} is missing)")
     return FOLDER

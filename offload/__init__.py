@@ -1,1 +1,1 @@
-"""See README.md: nothing lives here yet."""
+"""See README.md. Importing this imports nothing else."""

@@ -14,7 +14,7 @@ from PIL import Image
 
 pytest.importorskip("sklearn", reason="needs scikit-learn, whose digits are drawn")
 
-from bernini import cli, cli_eval
+from bernini import cli, cli_eval, shipped
 from bernini.data import world
 from bernini.data.scene import Frames
 from bernini.data.world import Sample, sample
@@ -242,7 +242,7 @@ def test_a_model_is_repeatable(toy: Path) -> None:
 
 
 def test_wrong_input(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(cli_eval, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "none")
     for options, message in (
         ([], "no model is shipped with this installation; give --model DIR"),
         (["--model", str(tmp_path / "none")], "none: no such folder"),
