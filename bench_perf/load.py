@@ -11,8 +11,6 @@ processor, so it is judged on a busy machine, too; the seconds are only told.
 from __future__ import annotations
 
 import json
-import os
-import select
 import subprocess
 import sys
 import tempfile
@@ -33,20 +31,10 @@ from bernini.renderer.schedule import make_solver
 from bernini.weights import BUFFER
 
 from .harness import Row, judged
+from .watched import peak, resident, start
 
 CONFIG = RendererConfig(num_layers=2)
 BAR = 300  # MB
-INTERVAL = 0.010  # seconds
-MALLOC = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
-ROOT = Path(__file__).resolve().parents[1]
-# The root goes to the end of the path and off it again: our folder `kernels` must not shadow the package of that name.
-_CHILD = """
-import sys
-sys.path.append({root!r})
-from bench_perf.load import child
-sys.path.remove({root!r})
-child(*sys.argv[1:])
-"""
 
 
 @dataclass(frozen=True)
@@ -137,40 +125,24 @@ def child(case: str, root: str) -> None:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def resident(pid: int) -> tuple[int, int]:
-    """Bytes in memory: (anonymous and shared, of files)."""
-    with open(f"/proc/{pid}/status", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    anonymous, shared, files = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem", "RssFile"))
-    return anonymous + shared, files
-
-
 def measure(case: str, root: Path) -> Measured:
     """Runs a case in a new process and watches its memory.
 
     Raises:
         RuntimeError: the case failed.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in MALLOC}
-    command = [sys.executable, "-P", "-c", _CHILD.format(root=str(ROOT)), case, str(root)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with start(__name__, case, root, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
         if process.stdout.readline() != "ready\n":
             raise RuntimeError(f"the process that measures {case!r} did not start")
-        before = peak = resident(process.pid)
+        before = resident(process.pid)
         process.stdin.write("go\n")
         process.stdin.flush()
-        done = False
-        while not done:
-            done = bool(select.select([process.stdout], [], [], INTERVAL)[0])
-            now = resident(process.pid)
-            peak = (max(peak[0], now[0]), max(peak[1], now[1]))
+        most = peak(process)
         seconds = process.stdout.readline()
     if process.returncode != 0 or not seconds:
         raise RuntimeError(f"the process that measures {case!r} failed")
-    return Measured(peak[0] - before[0], peak[1] - before[1], float(seconds))
+    return Measured(most[0] - before[0], most[1] - before[1], float(seconds))
 
 
 def run() -> list[Row]:

@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import resource
-import select
 import subprocess
 import sys
 import tempfile
@@ -33,21 +31,12 @@ from bernini.renderer.config import RendererConfig
 from bernini.renderer.model import Renderer
 
 from .harness import Row, judged
-from .load import INTERVAL, MALLOC, resident
+from .watched import peak, start
 
 CONFIG = RendererConfig(num_attention_heads=12, ffn_dim=8960, num_layers=22)
 LIMIT = 1_500_000_000  # bytes
 GRID = (1, 8, 8)
-ROOT = Path(__file__).resolve().parents[1]
 OUT = 3  # exit code of a process that ran out of memory
-# The root goes to the end of the path and off it again: our folder `kernels` must not shadow the package of that name.
-_CHILD = """
-import sys
-sys.path.append({root!r})
-from bench_perf.memory import child
-sys.path.remove({root!r})
-child(*sys.argv[1:])
-"""
 
 
 @dataclass(frozen=True)
@@ -129,27 +118,16 @@ def measure(case: str, root: Path, limit: int | None) -> Measured:
     Raises:
         RuntimeError: it failed, but not for want of memory.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in MALLOC}
-    command = [sys.executable, "-P", "-c", _CHILD.format(root=str(ROOT)), case, str(root)]
     set_limit = None if limit is None else partial(resource.setrlimit, resource.RLIMIT_DATA, (limit, limit))
-    peak, done = (0, 0), False
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=set_limit
-    ) as process:
+    with start(__name__, case, root, stderr=subprocess.PIPE, preexec_fn=set_limit) as process:
         assert process.stdout is not None and process.stderr is not None
-        while not done:
-            done = bool(select.select([process.stdout], [], [], INTERVAL)[0])
-            try:
-                now = resident(process.pid)
-            except (OSError, KeyError):  # it is gone
-                continue
-            peak = (max(peak[0], now[0]), max(peak[1], now[1]))
+        most = peak(process)
         answer, errors = process.stdout.read().split(), process.stderr.read()
     if process.returncode == OUT:
-        return Measured(*peak, "", 0.0)
+        return Measured(*most, "", 0.0)
     if process.returncode != 0 or len(answer) != 2:
         raise RuntimeError(f"the process that measures {case!r} failed: {errors[-2000:]}")
-    return Measured(*peak, answer[0], float(answer[1]))
+    return Measured(*most, answer[0], float(answer[1]))
 
 
 def run() -> list[Row]:

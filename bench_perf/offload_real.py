@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import select
 import subprocess
 import sys
 import tempfile
@@ -30,7 +28,7 @@ from bernini.renderer.config import RendererConfig
 from bernini.renderer.model import Block, How, Stream
 
 from .harness import Row, judged
-from .load import INTERVAL, MALLOC, ROOT, resident
+from .watched import peak, resident, start
 
 if TYPE_CHECKING:
     from bernini.offload.activations import ActivationOffload
@@ -38,13 +36,6 @@ if TYPE_CHECKING:
 BAR = 2.0  # times lower
 LIMIT = 64 << 30  # bytes of the file: addresses only, until they are used
 IN_FLIGHT = 256 << 20
-_CHILD = """
-import sys
-sys.path.append({root!r})
-from bench_perf.offload_real import child
-sys.path.remove({root!r})
-child(*sys.argv[1:])
-"""
 
 
 @dataclass(frozen=True)
@@ -148,25 +139,19 @@ def measure(case: Case, folder: Path) -> Measured:
     Raises:
         RuntimeError: it failed.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in MALLOC}
-    command = [sys.executable, "-P", "-c", _CHILD.format(root=str(ROOT)), json.dumps(asdict(case)), str(folder)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with start(__name__, json.dumps(asdict(case)), folder, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
         if process.stdout.readline() != "ready\n":
             raise RuntimeError("the process that runs the step did not start")
-        before = peak = resident(process.pid)
+        before = resident(process.pid)
         process.stdin.write("go\n")
         process.stdin.flush()
-        while not select.select([process.stdout], [], [], INTERVAL)[0]:
-            now = resident(process.pid)
-            peak = (max(peak[0], now[0]), max(peak[1], now[1]))
+        most = peak(process)
         seconds = process.stdout.readline()
         if not seconds:
             raise RuntimeError("the process that runs the step failed")
         told = json.loads(process.communicate("on\n")[0])
-    return Measured(peak[0] - before[0], peak[1] - before[1], told["weights"], float(seconds), told["gradients"])
+    return Measured(most[0] - before[0], most[1] - before[1], told["weights"], float(seconds), told["gradients"])
 
 
 def run(case: Case | None = None) -> list[Row]:
