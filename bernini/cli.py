@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, cli_convert, cli_data, cli_eval, cli_export, cli_generate, cli_train
+from . import __version__, cli_convert, cli_data, cli_estimate, cli_eval, cli_export, cli_generate, cli_train
 from .cli_options import Parser, add_generate, count, parse, seed
 from .cli_screen import own_warnings, progress_bar, quiet_libraries
 from .errors import UserError
@@ -62,6 +62,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     cli_convert.add(commands)
     cli_export.add(commands)
     cli_eval.add(commands)
+    cli_estimate.add(commands)
 
     doctor = commands.add_parser("doctor", help="tell what this machine can run, and why not more")
     doctor.set_defaults(run=_doctor)

@@ -1,0 +1,1 @@
+"""What a training step or a generated video will take, found out without a GPU; see ``bernini estimate --help``."""
