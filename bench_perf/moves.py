@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from bernini.kernels.attention import backends
-from bernini.parallel.group import Group, Message
+from bernini.parallel.group import Arrived, Group, Message, Pending
 
 
 class Exchange(NamedTuple):
@@ -26,6 +26,16 @@ class Exchange(NamedTuple):
     messages: int
     sent: int
     received: int
+
+
+class _Unseen(NamedTuple):
+    """Messages on their way, by a wire that nobody counts."""
+
+    pending: Pending
+
+    def wait(self) -> None:
+        with _disable_current_modes():
+            self.pending.wait()
 
 
 class Counted:
@@ -41,10 +51,13 @@ class Counted:
         self.others: list[str] = []
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        self.start(sends, receives).wait()
+
+    def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         sent, received = ([tensor.nbytes for _, tensor in messages if tensor.numel()] for messages in (sends, receives))
         self.exchanges.append(Exchange(len(sent), sum(sent), sum(received)))
         with _disable_current_modes():  # what simulated ranks copy to each other is the wire
-            self._group.exchange(sends, receives)
+            return _Unseen(self._group.start(sends, receives))
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         self.others.append("gather")
@@ -65,6 +78,10 @@ class Absent:
         for _, tensor in (*sends, *receives):
             if not tensor.is_contiguous():
                 raise RuntimeError("messages must be contiguous")
+
+    def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        self.exchange(sends, receives)
+        return Arrived()
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         return rows.new_empty((sum(sizes), *rows.shape[1:]))

@@ -35,7 +35,7 @@ from bernini.parallel.plan import Cut, Heads, Range, SPPlan
 from bernini.parallel.share import Share
 from bernini.parallel.ulysses import Run, Swap, Ulysses, attend
 from bernini.planner.model import under_mask
-from bernini.renderer.model import QKNorm
+from bernini.renderer.model import QKV, QKNorm
 
 from .harness import Row, Timing, Watch, judged, once, take_turns
 from .moves import Absent, Counted, Moves, Shapes, shapes_backend
@@ -84,7 +84,7 @@ class Layer:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             norm = QKNorm(*(x.new_ones(self.heads * self.dim) for x in (q, k)), eps=1e-6)
-            return ranks(q, k, v, local, norm, "fp32", backend)
+            return ranks(q, QKV(lambda _: q, lambda _: k, lambda _: v), local, norm, "fp32", backend)
 
         return attend
 

@@ -1,4 +1,4 @@
-"""A few ranks that work together, behind the four things that are asked of them.
+"""A few ranks that work together, behind the few things that are asked of them.
 
 ``Processes`` are torchrun's, over torch.distributed; ``Alone`` is one process, the same code with nothing to do; and
 ``simulate`` runs any number of ranks as threads of one process, for tests: what a rank does does not depend on which.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ class Message(NamedTuple):
 
     rank: int
     tensor: Tensor
+
+
+class Pending(Protocol):
+    """Messages on their way."""
+
+    def wait(self) -> None:
+        """Returns when they are there; more than once does no harm. On a GPU it is the stream that waits."""
 
 
 class Group(Protocol):
@@ -41,11 +49,29 @@ class Group(Protocol):
         Messages from one rank to another arrive in the order of the sender's list; what is empty is not sent.
         """
 
+    def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        """An exchange that is on its way when this returns.
+
+        Until its ``wait`` has returned, what is sent must not change and what is received must not be read. Any number
+        may be on their way; messages between two ranks are told apart by the order in which both begin them. They are
+        waited for in any order, but each of them is.
+        """
+
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """The rows of all ranks, in order: ``[sum of sizes, ...]``. ``sizes`` are known to everyone."""
 
     def tell(self, thing: Any) -> list[Any]:
         """What every rank has to say (a small object), in order. For beginnings and ends, not for layers."""
+
+    def parts(self, ranges: Sequence[range]) -> list[Group | None]:
+        """A group of each range of ranks, ``None`` where this one is not in it. All ask for the same, in one order."""
+
+
+class Arrived:
+    """Nothing is on its way."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
 
 
 class Alone:
@@ -56,11 +82,37 @@ class Alone:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Nobody to talk to."""
 
+    def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        return Arrived()
+
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         return rows
 
     def tell(self, thing: Any) -> list[Any]:
         return [thing]
+
+    def parts(self, ranges: Sequence[range]) -> list[Group | None]:
+        return [self for _ in ranges]
+
+
+TAGS = 1 << 16
+"""Different tags of messages. More than are ever on their way at once; NCCL goes by the order alone."""
+
+_NUMBERS: WeakKeyDictionary[Any, Counter[tuple[int, bool]]] = WeakKeyDictionary()
+"""For each process group the next tag, by (rank, whether it is sent): both sides count alike, whoever uses it."""
+
+
+@dataclass
+class _Requests:
+    """Messages of torch.distributed on their way, with the tensors that they need until then."""
+
+    requests: list[Any]
+    messages: list[Any]
+
+    def wait(self) -> None:
+        for request in self.requests:
+            request.wait()
+        self.requests, self.messages = [], []
 
 
 @dataclass
@@ -79,20 +131,25 @@ class Processes:
         import torch.distributed as dist
 
         self.rank, self.size = dist.get_rank(self.handle), dist.get_world_size(self.handle)
-        self._global = dist.get_process_group_ranks(self.handle or dist.group.WORLD)
+        handle = self.handle or dist.group.WORLD
+        self._global = dist.get_process_group_ranks(handle)
+        self._numbers = _NUMBERS.setdefault(handle, Counter())
+        self._parts: dict[range, Processes | None] = {}  # made once: they cost connections
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        self.start(sends, receives).wait()
+
+    def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         import torch.distributed as dist
 
         work = []
         for kind, messages in ((dist.irecv, receives), (dist.isend, sends)):
-            numbers: Counter[int] = Counter()
             for rank, tensor in messages:
-                if tensor.numel():  # the tag keeps two messages between the same ranks apart
-                    work.append(dist.P2POp(kind, tensor, self._global[rank], self.handle, numbers[rank]))
-                    numbers[rank] += 1
-        for request in dist.batch_isend_irecv(work) if work else ():
-            request.wait()
+                if tensor.numel():
+                    number = self._numbers[rank, kind is dist.isend]
+                    self._numbers[rank, kind is dist.isend] = (number + 1) % TAGS
+                    work.append(dist.P2POp(kind, tensor, self._global[rank], self.handle, number))
+        return _Requests(dist.batch_isend_irecv(work), work) if work else Arrived()
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         whole = rows.new_empty((sum(sizes), *rows.shape[1:]))
@@ -111,6 +168,32 @@ class Processes:
         dist.all_gather_object(found, thing, group=self.handle)
         return found
 
+    def parts(self, ranges: Sequence[range]) -> list[Group | None]:
+        """
+        Raises:
+            ValueError: this is not the group of all processes, which torch needs for making others.
+        """
+        import torch.distributed as dist
+
+        from .mesh import PATIENCE
+
+        if self.size != dist.get_world_size():
+            raise ValueError(f"parts: {self.size} of {dist.get_world_size()} processes cannot make groups")
+        for ranks in ranges:
+            if ranks not in self._parts:
+                handle = dist.new_group(list(ranks), timeout=PATIENCE)
+                self._parts[ranks] = Processes(handle) if self.rank in ranks else None
+        return [self._parts[ranks] for ranks in ranges]
+
+
+# --- simulated ranks --------------------------------------------------------------------------------------------------
+
+SILENCE = 120.0
+"""Seconds after which a simulated rank gives up another one that lives and sends it nothing."""
+
+Key = tuple[int, int, int]
+"""(sender, receiver, number) of a message."""
+
 
 class _Table:
     """Where simulated ranks leave things for each other."""
@@ -118,29 +201,110 @@ class _Table:
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
         self.places: list[Any] = [None] * size
+        self.messages: dict[Key, Tensor] = {}
+        self.ended: set[int] = set()
+        self.over = False
+        self.parts: list[tuple[range, _Table]] = []
+        self._changed = threading.Condition()
+
+    def put(self, key: Key, tensor: Tensor) -> None:
+        with self._changed:
+            self.messages[key] = tensor
+            self._changed.notify_all()
+
+    def take(self, key: Key) -> Tensor:
+        sender, receiver, _ = key
+        with self._changed:
+            self._changed.wait_for(lambda: key in self.messages or self.over or sender in self.ended, SILENCE)
+            if key in self.messages:
+                return self.messages.pop(key)
+            if self.over:
+                raise threading.BrokenBarrierError
+        why = "has ended" if sender in self.ended else "sends it nothing"
+        raise RuntimeError(f"rank {receiver} waits for a message of rank {sender}, which {why}")
+
+    def end(self, rank: int) -> None:
+        with self._changed:
+            self.ended.add(rank)
+            self._changed.notify_all()
+        for ranks, part in self.parts:
+            if rank in ranks:
+                part.end(ranks.index(rank))
+
+    def let_go(self) -> None:
+        """Nobody waits any longer."""
+        self.barrier.abort()
+        with self._changed:
+            self.over = True
+            self._changed.notify_all()
+        for _, part in self.parts:
+            part.let_go()
+
+
+@dataclass
+class _Flight:
+    """Messages of a simulated rank on their way: those it sent, with copies of them, and where the others go."""
+
+    table: _Table
+    sent: list[tuple[Key, Tensor, Tensor]]
+    places: list[tuple[Key, Tensor]]
+    waited: bool = False
+
+    def wait(self) -> None:
+        if self.waited:
+            return
+        self.waited = True
+        for key, place in self.places:
+            message = self.table.take(key)
+            if message.numel() != place.numel():
+                shapes = list(message.shape), list(place.shape)
+                raise RuntimeError(f"rank {key[0]} sends {shapes[0]} to rank {key[1]}, which expects {shapes[1]}")
+            place.copy_(message.view(place.shape))
+        for key, tensor, copy in self.sent:
+            if not torch.equal(*(x.view(-1).view(torch.uint8) for x in (tensor, copy))):
+                raise RuntimeError(f"rank {key[0]} changed what was on its way to rank {key[1]}")
 
 
 @dataclass
 class Simulated:
-    """A rank that is a thread; see :func:`simulate`."""
+    """A rank that is a thread; see :func:`simulate`.
+
+    It is stricter than a network: what is received is no number until it was waited for, and who changes what is on
+    its way, or does not wait for it, is told so.
+    """
 
     rank: int
     size: int
     table: _Table
+    flights: list[_Flight] = field(default_factory=list, repr=False)
+    made: list[Simulated] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        self._numbers: Counter[tuple[int, int]] = Counter()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        offered = self.tell(list(sends))
-        for rank in range(self.size):
-            theirs = [tensor for to, tensor in offered[rank] if to == self.rank and tensor.numel()]
-            mine = [tensor for source, tensor in receives if source == rank and tensor.numel()]
-            shapes = [list(map(list, (tensor.shape for tensor in tensors))) for tensors in (theirs, mine)]
-            if [tensor.numel() for tensor in theirs] != [tensor.numel() for tensor in mine]:
-                raise RuntimeError(f"rank {rank} sends {shapes[0]} to rank {self.rank}, which expects {shapes[1]}")
-            for message, place in zip(theirs, mine, strict=True):
-                if not (place.is_contiguous() and message.is_contiguous()):
-                    raise RuntimeError("messages must be contiguous")
-                place.copy_(message.view(place.shape))
-        self.table.barrier.wait()  # nobody goes on to change what others still read
+        self.start(sends, receives).wait()
+
+    def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        if not all(tensor.is_contiguous() for _, tensor in (*sends, *receives)):
+            raise RuntimeError("messages must be contiguous")
+        flight = _Flight(self.table, [], [])
+        for rank, tensor in sends:
+            if tensor.numel():
+                key, copy = self._key(self.rank, rank), tensor.detach().clone()
+                flight.sent.append((key, tensor.detach(), copy))
+                self.table.put(key, copy)
+        for rank, place in receives:
+            if place.numel():
+                flight.places.append((self._key(rank, self.rank), place))
+                if place.is_floating_point():
+                    place.fill_(torch.nan)
+        self.flights = [other for other in self.flights if not other.waited] + [flight]
+        return flight
+
+    def _key(self, sender: int, receiver: int) -> Key:
+        self._numbers[sender, receiver] += 1
+        return sender, receiver, self._numbers[sender, receiver]
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         whole = torch.cat(self.tell(rows))
@@ -154,23 +318,45 @@ class Simulated:
         self.table.barrier.wait()
         return found
 
+    def parts(self, ranges: Sequence[range]) -> list[Group | None]:
+        tables = [(ranks, _Table(len(ranks))) for ranks in ranges]
+        if self.rank == 0:
+            self.table.parts += tables
+        tables = self.tell(tables)[0]
+        found = [
+            Simulated(ranks.index(self.rank), len(ranks), table) if self.rank in ranks else None
+            for ranks, table in tables
+        ]
+        self.made += [part for part in found if part is not None]
+        return list(found)
+
 
 def simulate(size: int, work: Callable[[Group], Any]) -> list[Any]:
     """Runs ``work(group)`` once for every rank, as threads that take turns at will; what each returned, in order.
 
     Raises:
         Exception: the first that a rank raised; the others are let go.
+        RuntimeError: a message that nobody took, or that nobody waited for.
     """
     table = _Table(size)
 
     def run(rank: int) -> Any:
+        group = Simulated(rank, size, table)
         try:
-            return work(Simulated(rank, size, table))
+            result = work(group)
+            if not all(flight.waited for part in (group, *group.made) for flight in part.flights):
+                raise RuntimeError(f"rank {rank} did not wait for what was on its way")
+            table.end(rank)
+            return result
         except threading.BrokenBarrierError:
             return None
         except BaseException:
-            table.barrier.abort()
+            table.let_go()
             raise
 
     with ThreadPoolExecutor(size) as pool:
-        return [future.result() for future in [pool.submit(run, rank) for rank in range(size)]]
+        found = [future.result() for future in [pool.submit(run, rank) for rank in range(size)]]
+    for ranks, each in ((range(size), table), *table.parts):
+        for sender, receiver, _ in each.messages:
+            raise RuntimeError(f"rank {ranks[sender]} sent a message that rank {ranks[receiver]} did not take")
+    return found

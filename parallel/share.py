@@ -15,7 +15,9 @@ from bernini.kernels import SegmentLayout
 
 from .group import Alone, Group
 from .plan import Cut, Heads, Range, SPPlan
-from .ulysses import Run, Swap, attend, gathered
+from .policy import PACKED, Policy
+from .swap import Swap
+from .ulysses import Run, attend, gathered
 
 LEAST = 4096
 """Tokens from which on a sequence is cut: below, two exchanges per layer cost more than they save."""
@@ -27,10 +29,14 @@ class Share:
     Args:
         group: the ranks of a sequence group.
         least: tokens from which on a packed sequence is cut.
+        branches: whether branches of guidance may go to some of the ranks each (:mod:`bernini.parallel.branches`).
+        policy: how transfers go beside computing where a renderer's layers attend (:mod:`bernini.parallel.policy`).
     """
 
     group: Group = field(default_factory=Alone)
     least: int = LEAST
+    branches: bool = False
+    policy: Policy = PACKED
 
     def cuts(self, tokens: int) -> bool:
         """Whether a packed sequence of so many tokens is cut."""

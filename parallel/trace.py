@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import group as groups
-from .group import Group, Message
+from .group import Group, Message, Pending
 
 KEPT = 32
 """How many of the last calls are kept in words. Checksums remember all."""
@@ -93,14 +93,15 @@ class View:
         members: ranks that work together, as numbered in the world.
         rank: the one whose notes these are, among the members.
         calls: the last ones.
-        inside: whether the last call has not ended.
+        inside: number of the call that has not ended; 0 if there is none. Behind it others may have been begun that are
+            on their way.
         ended: whether there will be no more.
     """
 
     members: tuple[int, ...]
     rank: int
     calls: tuple[Call, ...] = ()
-    inside: bool = False
+    inside: int = 0
     ended: bool = False
 
     @property
@@ -112,10 +113,15 @@ class View:
     def who(self) -> str:
         return f"rank {self.members[self.rank]}"
 
+    def call(self, number: int) -> Call | None:
+        """The call of that number, if it is among the last."""
+        return next((call for call in self.calls if call.number == number), None)
+
     @property
     def where(self) -> str:
-        """The last call in words."""
-        return f"call {self.number}, {self.calls[-1].what}" if self.calls else ""
+        """In words the call that has not ended, or else the last one."""
+        call = self.call(self.inside or self.number)
+        return f"call {call.number}, {call.what}" if call else ""
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -140,7 +146,7 @@ def compare(one: View, other: View) -> str | None:
 
     One may be behind the other. That is a difference only if it has ended.
     """
-    if one.ended and not other.ended:
+    if one.ended and (not other.ended or one.number < other.number):
         one, other = other, one
     if other.ended and one.number > other.number:
         return (
@@ -186,7 +192,8 @@ def circle(views: Mapping[int, Sequence[View]], start: int) -> list[View]:
         inside = next((view for view in views.get(rank, ()) if view.inside), None)
         if inside is None:
             return []
-        for need in inside.calls[-1].needs:
+        call = inside.call(inside.inside)
+        for need in call.needs if call else ():
             other = inside.members[need]
             if _behind(views.get(other, ()), inside) and (found := walk(other, [*path, (rank, inside)])):
                 return found
@@ -196,7 +203,7 @@ def circle(views: Mapping[int, Sequence[View]], start: int) -> list[View]:
 
 
 def _behind(views: Iterable[View], call: View) -> bool:
-    return any(view.members == call.members and view.number < call.number for view in views)
+    return any(view.members == call.members and view.number < call.inside for view in views)
 
 
 class Trace:
@@ -214,11 +221,11 @@ class Trace:
         self.ended = False
         self._lock = threading.Lock()
         self._calls: deque[Call] = deque(maxlen=KEPT)
-        self._inside, self._number, self._common = False, 0, 0
+        self._inside, self._number, self._common = 0, 0, 0
         self._sent, self._received = [0] * len(members), [0] * len(members)
 
-    def begin(self, kind: str, sends: Sequence[Note], receives: Sequence[Note], everyone: bool) -> None:
-        """Notes a call.
+    def begin(self, kind: str, sends: Sequence[Note], receives: Sequence[Note], everyone: bool) -> int:
+        """Notes a call, and tells its number.
 
         Args:
             sends, receives: messages; those without elements are left out, as nobody sends them.
@@ -229,7 +236,7 @@ class Trace:
         with self._lock:
             self._number += 1
             self.moves += 1
-            self._inside = True
+            self._inside = self._number
             self._common = hash((self._common, compared))
             for sums, notes in ((self._sent, sends), (self._received, receives)):
                 for rank, dtype, _, elements in notes:
@@ -238,17 +245,25 @@ class Trace:
             needs.pop(self.rank, None)
             sums_now = tuple(self._sent), tuple(self._received)
             self._calls.append(Call(self._number, what, self._common, *sums_now, sends, receives, tuple(needs)))
+            return self._number
 
-    def end(self) -> None:
-        """The call that was begun has ended."""
+    def resume(self, number: int) -> None:
+        """A call that was begun is waited for."""
         with self._lock:
             self.moves += 1
-            self._inside = False
+            self._inside = number
+
+    def end(self) -> None:
+        """The call that was begun has ended, or is on its way and nobody waits for it."""
+        with self._lock:
+            self.moves += 1
+            self._inside = 0
 
     def view(self, last: int = KEPT) -> View:
         """The notes as they are now, with so many of the last calls."""
         with self._lock:
-            calls = tuple(self._calls)[-last:]
+            kept = range(self._number - last + 1, self._number + 1)
+            calls = tuple(call for call in self._calls if call.number in kept or call.number == self._inside)
             return View(self.members, self.rank, calls, self._inside, self.ended)
 
 
@@ -287,6 +302,20 @@ def _noted(messages: Sequence[Message]) -> list[Note]:
 
 
 @dataclass(frozen=True)
+class _Noted:
+    """What is on its way by a call of that number."""
+
+    pending: Pending
+    trace: Trace
+    number: int
+
+    def wait(self) -> None:
+        self.trace.resume(self.number)
+        self.pending.wait()
+        self.trace.end()
+
+
+@dataclass(frozen=True)
 class Checked:
     """A group whose calls are noted.
 
@@ -295,12 +324,14 @@ class Checked:
         trace: where it is noted.
         look: called with every call noted and before it is done; raises if the run is over.
         name: of the group.
+        wrap: makes of a group of some of the ranks, from its name and its ranks in the world, one that is noted too.
     """
 
     group: Group
     trace: Trace
     look: Callable[[], None]
     name: str = "group"
+    wrap: Callable[[str, Group, list[int]], Group] = lambda name, group, ranks: group
 
     @property
     def rank(self) -> int:
@@ -315,6 +346,13 @@ class Checked:
         self.look()
         self.group.exchange(sends, receives)
         self.trace.end()
+
+    def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        number = self.trace.begin(f"{self.name}.start", _noted(sends), _noted(receives), everyone=False)
+        self.look()
+        pending = self.group.start(sends, receives)
+        self.trace.end()
+        return _Noted(pending, self.trace, number)
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         dtype, rest = _DTYPES[rows.dtype], tuple(rows.shape[1:])
@@ -334,6 +372,16 @@ class Checked:
         self.trace.end()
         return found
 
+    def parts(self, ranges: Sequence[range]) -> list[Group | None]:
+        self.trace.begin(f"{self.name}.parts", (), (), everyone=True)
+        self.look()
+        made = self.group.parts(ranges)
+        self.trace.end()
+        return [
+            part and self.wrap(f"{self.name}[{ranks[0]}-{ranks[-1]}]", part, [self.trace.members[at] for at in ranks])
+            for ranks, part in zip(ranges, made, strict=True)
+        ]
+
 
 def simulate(size: int, work: Callable[[Group], Any]) -> list[Any]:
     """:func:`bernini.parallel.group.simulate` with ranks that are compared before each call: nothing hangs.
@@ -342,22 +390,29 @@ def simulate(size: int, work: Callable[[Group], Any]) -> list[Any]:
         Mismatch: ranks do not ask the same of each other.
         Exception: the first that a rank raised.
     """
-    traces = [Trace(range(size), rank) for rank in range(size)]
+    traces: list[list[Trace]] = [[] for _ in range(size)]
     one_looks = threading.Lock()
 
-    def look(rank: int) -> None:
+    def look(rank: int, own: Trace) -> None:
         # Both of two ranks that disagree are noted before they look, so the later one sees it.
         with one_looks:
-            own = traces[rank].view()
-            for other in traces:
-                if other.rank != rank and (said := compare(own, other.view())):
+            for other in (trace for at, theirs in enumerate(traces) if at != rank for trace in theirs):
+                if other.members == own.members and (said := compare(own.view(), other.view())):
                     raise Mismatch(said)
 
-    def checked(group: Group) -> Any:
-        trace = traces[group.rank]
-        result = work(Checked(group, trace, lambda: look(trace.rank)))
-        trace.ended = True
-        look(trace.rank)
+    def checked(world: Group) -> Any:
+        rank = world.rank
+
+        def wrap(name: str, group: Group, ranks: list[int]) -> Group:
+            trace = Trace(ranks, group.rank)
+            with one_looks:
+                traces[rank].append(trace)
+            return Checked(group, trace, lambda: look(rank, trace), name, wrap)
+
+        result = work(wrap("group", world, list(range(size))))
+        for trace in traces[rank]:
+            trace.ended = True
+            look(rank, trace)
         return result
 
     return groups.simulate(size, checked)

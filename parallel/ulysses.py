@@ -18,137 +18,26 @@ Source: arXiv 2309.14509 (Ulysses); paper section 5; facts on systems, section 3
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bernini.kernels import SegmentLayout, attention, qk_rope
 
 from .group import Group, Message
-from .plan import Cut, Heads, LocalLayout, Range, SPPlan, clipped
+from .overlap import chunks_of, overlapped
+from .plan import Cut, LocalLayout, Range, SPPlan
+from .policy import PACKED, Policy, Variant
+from .swap import Swap, banded
 
 if TYPE_CHECKING:
-    from bernini.renderer.model import QKNorm
+    from bernini.kernels.segments import DeviceLayout
+    from bernini.renderer.model import QKV, QKNorm
 
 Run = Callable[[Tensor, Tensor, Tensor, Range], Tensor]
 """``(q_ThD, k_SgD, v_SgD, rows) -> out_ThD``: attention of one band, whose queries are those rows of all."""
-
-
-@dataclass(frozen=True)
-class Swap:
-    """The exchanges of one attention.
-
-    Args:
-        q, kv: which rows each rank has, of the queries and of the keys.
-        reads: which keys the queries see that a rank attends for; all by default.
-    """
-
-    group: Group
-    heads: Heads
-    q: Cut
-    kv: Cut
-    reads: tuple[Range, ...] | None = None
-
-    @property
-    def row(self) -> range:
-        return self.heads.row(self.group.rank)
-
-    @property
-    def rows(self) -> Range:
-        """The queries that this rank attends for, as rows of all."""
-        return self.q.of_row(self.row)
-
-    def _row_slices(self, x_T: Tensor) -> list[tuple[int, Tensor]]:
-        """(rank, its rows) of the queries of this rank's row of ranks."""
-        return list(zip(self.row, x_T.split([self.q.sizes[rank] for rank in self.row]), strict=True))
-
-    @cached_property
-    def given(self) -> list[Range]:
-        """Which of its own keys this rank gives to each, numbered among them."""
-        reads = self.reads or [(0, self.kv.rows)] * self.group.size
-        return [clipped(read, self.kv.part(self.group.rank)) for read in reads]
-
-    @cached_property
-    def read(self) -> list[int]:
-        """How many keys this rank reads of each."""
-        reads = (0, self.kv.rows) if self.reads is None else self.reads[self.group.rank]
-        return np.diff(clipped(self.kv.borders, reads)).tolist()
-
-    def out(self, q_UthD: Tensor, *kv_KtgD: Tensor) -> tuple[Tensor, ...]:
-        """Bands of the own tokens -> ``q_ThD`` and, where they are given, ``k_SgD`` and ``v_SgD`` of the own band.
-
-        Views will do. Those that are not contiguous are copied once: to what is sent, or straight to their place.
-        """
-        own, heads, size = self.group.rank, self.heads, self.group.size
-        q_T = q_UthD.new_empty((self.rows[1] - self.rows[0], *q_UthD.shape[2:]))
-        band = own % heads.ulysses
-        kept, sends = [q_UthD[band]], list(zip(self.row, _messages(q_UthD, band), strict=True))
-        receives, kv_S = self._row_slices(q_T), []
-        for x_KtgD in kv_KtgD:
-            kv_S.append(x_KtgD.new_empty((sum(self.read), *x_KtgD.shape[2:])))
-            band = heads.kv_band_of(own)
-            kept.append(x_KtgD[band, slice(*self.given[own])])
-            bands = _messages(x_KtgD, band if heads.kv_bands == size else None)
-            sends += [(rank, bands[heads.kv_band_of(rank)][slice(*self.given[rank])]) for rank in range(size)]
-            receives += enumerate(kv_S[-1].split(self.read))
-        for source, place in zip(kept, [place for rank, place in receives if rank == own], strict=True):
-            place.copy_(source)
-        self._exchange(sends, receives)
-        return q_T, *kv_S
-
-    def back(self, q_ThD: Tensor, *kv_SgD: Tensor) -> tuple[Tensor, ...]:
-        """The way back: ``[t, H, D]`` of the own tokens and, of keys and values, ``[t, G, D]``, sums over readers."""
-        own = self.group.rank
-        sends = self._row_slices(q_ThD.contiguous())
-        q_parts = [part if rank == own else _room(part, self.q.sizes[own]) for rank, part in sends]
-        receives, kv_parts = list(zip(self.row, q_parts, strict=True)), []
-        for x_SgD in kv_SgD:
-            slices = x_SgD.contiguous().split(self.read)
-            places = enumerate(self.given)
-            kv_parts.append([slices[own] if rank == own else _room(x_SgD, b - a) for rank, (a, b) in places])
-            sends += enumerate(slices)
-            receives += enumerate(kv_parts[-1])
-        self._exchange(sends, receives)
-        return torch.cat(q_parts, dim=1), *(self._summed(parts) for parts in kv_parts)
-
-    def _exchange(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> None:
-        self.group.exchange(
-            *([Message(*pair) for pair in pairs if pair[0] != self.group.rank] for pairs in (sends, receives))
-        )
-
-    def _summed(self, parts_tgD: list[Tensor]) -> Tensor:
-        """The parts of all ranks -> ``[t, G, D]``; sums in float32 at least, in the order of the ranks."""
-        first, heads, tokens = parts_tgD[0], self.heads, self.kv.sizes[self.group.rank]
-        if heads.kv_bands == self.group.size and all(len(part) == tokens for part in parts_tgD):
-            return torch.cat(parts_tgD, dim=1)
-        wide = torch.promote_types(first.dtype, torch.float32)
-        sums_tKgD = first.new_zeros((tokens, heads.kv_bands, *first.shape[1:]), dtype=wide)
-        for rank, part in enumerate(parts_tgD):
-            sums_tKgD[slice(*self.given[rank]), heads.kv_band_of(rank)].add_(part)
-        return sums_tKgD.flatten(1, 2).to(first.dtype)
-
-
-# --- shapes: bands first, as they are sent ----------------------------------------------------------------------------
-
-
-def _banded(x_tHD: Tensor, bands: int) -> Tensor:
-    """A view ``[bands, t, H / bands, D]``."""
-    return x_tHD.unflatten(1, (bands, -1)).transpose(0, 1)
-
-
-def _messages(x_UthD: Tensor, but: int | None) -> list[Tensor]:
-    """The bands, contiguous but for one that nobody is sent."""
-    if but is None:
-        return list(x_UthD.contiguous())
-    return [*x_UthD[:but].contiguous(), x_UthD[but], *x_UthD[but + 1 :].contiguous()]
-
-
-def _room(x_ThD: Tensor, tokens: int) -> Tensor:
-    return x_ThD.new_empty((tokens, *x_ThD.shape[1:]))
 
 
 class _Out(torch.autograd.Function):
@@ -157,7 +46,7 @@ class _Out(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, swap: Swap, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         ctx.swap, heads = swap, swap.heads
-        return swap.out(_banded(q, heads.ulysses), *(_banded(x, heads.kv_bands) for x in (k, v)))
+        return swap.out(banded(q, heads.ulysses), *(banded(x, heads.kv_bands) for x in (k, v)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -180,7 +69,7 @@ class _TurnedOut(torch.autograd.Function):
         qk_rope(
             q, k, tables, rows, q_weight=q_weight, k_weight=k_weight, eps=eps, out=(q_send, k_send), rounding=rounding
         )
-        return swap.out(q_send, k_send, _banded(v, heads.kv_bands))
+        return swap.out(q_send, k_send, banded(v, heads.kv_bands))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -202,7 +91,7 @@ class _Back(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.swap.out(_banded(dout, ctx.swap.heads.ulysses))[0]
+        return None, ctx.swap.out(banded(dout, ctx.swap.heads.ulysses))[0]
 
 
 class _Gathered(torch.autograd.Function):
@@ -245,6 +134,22 @@ def attend(swap: Swap, q_tHD: Tensor, k_sGD: Tensor, v_sGD: Tensor, run: Run) ->
     return _Back.apply(swap, run(q, k, v, swap.rows))
 
 
+def packed(
+    swap: Swap, x_TN: Tensor, to: QKV, here: DeviceLayout, norm: QKNorm, rounding: str,
+    run: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """Projection, norm, rotation and attention of the own tokens with the keys of all ranks, ``[t, H, D]``.
+
+    One exchange there and one back, and everybody waits; :func:`bernini.parallel.overlap.overlapped` does the same.
+    """
+    # In the order in which they leave there: the gradients of x are added up in the reverse one.
+    v, k, q = to.v(x_TN), to.k(x_TN), to.q(x_TN)
+    sent = _TurnedOut.apply(
+        swap, q, k, v, here.rows, norm.q, norm.k, norm.eps, rounding, *here.tables(q.shape[-1])
+    )  # fmt: skip
+    return _Back.apply(swap, run(*sent))
+
+
 def gathered(group: Group, cut: Cut, rows: Tensor) -> Tensor:
     """``[cut.rows, ...]``, the rows of all ranks, on every rank; differentiable."""
     return rows if group.size == 1 else _Gathered.apply(group, cut, rows)
@@ -256,23 +161,27 @@ class Ulysses:
     Args:
         group: ranks that share the sequence.
         plan: made for as many.
+        policy: which of the ways with the same result is taken.
     """
 
-    def __init__(self, group: Group, plan: SPPlan) -> None:
+    def __init__(self, group: Group, plan: SPPlan, policy: Policy = PACKED) -> None:
         if plan.heads.ranks != group.size:
             raise ValueError(f"Ulysses: the plan is for {plan.heads.ranks} ranks, the group has {group.size}")
         self.swap = Swap(group, plan.heads, plan.cut, plan.cut, tuple(map(plan.reads, range(group.size))))
-        self.borders = plan.borders(group.rank)
+        self.borders, self.policy, self.chunks = plan.borders(group.rank), policy, chunks_of(plan.heads)
+        self._samples = plan.layout.cu_seqlens
 
     def __call__(
-        self, q_tHD: Tensor, k_tHD: Tensor, v_tHD: Tensor, layout: SegmentLayout | LocalLayout, norm: QKNorm,
-        rounding: str, backend: str,
-    ) -> Tensor:  # fmt: skip
-        here = layout.on(q_tHD.device)
-        q, k, v = _TurnedOut.apply(
-            self.swap, q_tHD, k_tHD, v_tHD, here.rows, norm.q, norm.k, norm.eps, rounding,
-            *here.tables(q_tHD.shape[-1]),
-        )  # fmt: skip
+        self, x_TN: Tensor, to: QKV, layout: SegmentLayout | LocalLayout, norm: QKNorm, rounding: str, backend: str
+    ) -> Tensor:
         cu_seqlens_q, cu_seqlens_k = self.borders
-        out = attention(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, backend=backend)
-        return _Back.apply(self.swap, out)
+        run = partial(attention, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, backend=backend)
+        here = layout.on(x_TN.device)
+
+        def by(variant: Variant, x_TN: Tensor) -> Tensor:
+            if variant == "packed":
+                return packed(self.swap, x_TN, to, here, norm, rounding, run)
+            chunks = 1 if variant == "async" else self.chunks
+            return overlapped(self.swap, chunks, x_TN, to, here, norm, rounding, run)
+
+        return by(self.policy.choose(self.swap, self._samples, self.chunks, x_TN, by), x_TN)

@@ -116,7 +116,7 @@ class Watch(threading.Thread):
         if trace is None:
             trace = Trace(ranks, group.rank)
             self.traces.append(trace)
-        return Checked(group, trace, partial(self.begins, trace), name)
+        return Checked(group, trace, partial(self.begins, trace), name, self.wrap)
 
     def begins(self, trace: Trace) -> None:
         """A call is about to be done.

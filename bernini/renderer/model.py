@@ -9,7 +9,7 @@ Shapes: T tokens, N width, H heads, D head_dim, B samples, L text tokens, C text
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
@@ -50,19 +50,27 @@ class QKNorm(NamedTuple):
     eps: float
 
 
+class QKV(NamedTuple):
+    """The projections of a layer's input ``[T, N]`` to its queries, keys and values, ``[T, H, D]`` each."""
+
+    q: Callable[[Tensor], Tensor]
+    k: Callable[[Tensor], Tensor]
+    v: Callable[[Tensor], Tensor]
+
+
 class SelfAttend(Protocol):
-    """Norm, rotation and attention of q, k and v, ``[T, H, D]`` each. Where a sequence is shared by several processes
-    they have another one of these (``bernini.parallel.ulysses.Ulysses``); the model does not know."""
+    """Projection, norm, rotation and attention of a layer's input, ``[T, N]`` -> ``[T, H, D]``. Where a sequence is
+    shared by several processes they have another one of these (``bernini.parallel.ulysses.Ulysses``), and what is
+    projected leaves while the rest still is; the model does not know."""
 
     def __call__(
-        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: Layout, norm: QKNorm, rounding: str, backend: str, /
+        self, x_TN: Tensor, to: QKV, layout: Layout, norm: QKNorm, rounding: str, backend: str, /
     ) -> Tensor: ...
 
 
-def attend_here(
-    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: Layout, norm: QKNorm, rounding: str, backend: str
-) -> Tensor:
+def attend_here(x_TN: Tensor, to: QKV, layout: Layout, norm: QKNorm, rounding: str, backend: str) -> Tensor:
     """All tokens are here."""
+    q_THD, k_THD, v_THD = (project(x_TN) for project in to)
     here = layout.on(q_THD.device)
     q_THD, k_THD = qk_rope(
         q_THD, k_THD, here.tables(q_THD.shape[-1]), here.rows, q_weight=norm.q, k_weight=norm.k, eps=norm.eps,
@@ -104,10 +112,13 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = Scale(width), Scale(width)
 
     def forward(self, x_TN: Tensor, layout: Layout, how: How) -> Tensor:
-        q_THD, k_THD, v_THD = (to(x_TN).unflatten(1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))
+        to = QKV(*(partial(self._heads, project) for project in (self.to_q, self.to_k, self.to_v)))
         norm = QKNorm(self.norm_q.weight, self.norm_k.weight, self.eps)
-        out_THD = how.attend(q_THD, k_THD, v_THD, layout, norm, how.rounding, how.backend)
+        out_THD = how.attend(x_TN, to, layout, norm, how.rounding, how.backend)
         return self.to_out[0](out_THD.flatten(1))
+
+    def _heads(self, project: nn.Module, x_TN: Tensor) -> Tensor:
+        return project(x_TN).unflatten(1, (self.heads, -1))
 
 
 class CrossAttention(nn.Module):

@@ -400,6 +400,7 @@ BERNINI_API int64_t bernini_qk_rope_backward(const Call* call, int threads) {
         (call->bf16 ? backward_bf16 : backward_f32)(job, weighted ? dweights.get() + run * run_step : nullptr,
                                                     run * tokens / runs, (run + 1) * tokens / runs);
     for (int s = 0; weighted && s < 2; ++s)
-        gather(call->sides[s].dweight, dweights.get() + (s ? 2 * job.plane[0] : 0), job.plane[s], runs, run_step);
+        if (call->sides[s].heads)  // without heads there is no weight to write to
+            gather(call->sides[s].dweight, dweights.get() + (s ? 2 * job.plane[0] : 0), job.plane[s], runs, run_step);
     return -1;
 }

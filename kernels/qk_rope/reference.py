@@ -119,8 +119,8 @@ def _grad(
 ) -> tuple[Tensor, Tensor]:
     """One of q and k: gradients for x and its weight (an empty tensor where there is none)."""
     g = _rotate_(_wide_copy(dy_THD, compute_dtype(x_THD)), conjugate_T1P)
-    if weight is None:
-        return g.to(x_THD.dtype), x_THD.new_empty(0)
+    if weight is None or not weight.numel():  # no heads at all: one of q and k is there alone
+        return g.to(x_THD.dtype), (x_THD if weight is None else weight).new_empty(0)
     grouped = _tokens_by_width(x_THD.contiguous(), norm)
     dx, dweight = rms.rms_norm_backward(_tokens_by_width(g, norm), grouped, weight, eps)
     return dx.view(x_THD.shape), dweight

@@ -31,7 +31,7 @@ from bernini.parallel.plan import Heads, SPPlan
 from bernini.parallel.share import Share
 from bernini.parallel.ulysses import Swap, Ulysses
 from bernini.planner.model import under_mask
-from bernini.renderer.model import QKNorm, attend_here
+from bernini.renderer.model import QKV, QKNorm, attend_here
 
 CASES = {1: 50, 2: 600, 3: 500, 4: 400, 5: 150, 6: 150, 7: 75, 8: 75}
 """How many for each number of ranks: 2 000 in all."""
@@ -54,6 +54,11 @@ def random_layout(draw: random.Random, kinds: Sequence[str], sizes: int) -> Segm
         except ValueError:
             continue
         return layout
+
+
+def given(q: Tensor, k: Tensor, v: Tensor) -> QKV:
+    """Projections that are done."""
+    return QKV(lambda _: q, lambda _: k, lambda _: v)
 
 
 @dataclass(frozen=True)
@@ -119,10 +124,10 @@ class Case:
             leaves += [x.clone().requires_grad_() for x in self.weights]
             norm = QKNorm(leaves[3], leaves[4], 1e-6)
             if rank is None:
-                out = attend_here(*leaves[:3], self.layout, norm, "fp32", "auto")
+                out = attend_here(leaves[0], given(*leaves[:3]), self.layout, norm, "fp32", "auto")
             else:
                 plan = SPPlan.make(self.layout, self.heads, self.kv_heads, group.size)
-                out = Ulysses(group, plan)(*leaves[:3], plan.local(rank), norm, "fp32", "auto")
+                out = Ulysses(group, plan)(leaves[0], given(*leaves[:3]), plan.local(rank), norm, "fp32", "auto")
         return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
     def parts(self, ranks: int, rank: int) -> tuple[Tensor, ...]:
@@ -378,7 +383,8 @@ def watched(case: Case, group: Group, backend: str) -> Watched:
     else:
         plan = SPPlan.make(case.layout, case.heads, case.kv_heads, group.size)
         norm = QKNorm(*(x.clone().requires_grad_() for x in case.weights), 1e-6)
-        attend = partial(Ulysses(counted, plan), *leaves, plan.local(group.rank), norm, "fp32", backend)
+        own = plan.local(group.rank)
+        attend = partial(Ulysses(counted, plan), leaves[0], given(*leaves), own, norm, "fp32", backend)
     attend()  # tables and masks are made once for all layers
     counted.exchanges.clear()
     with forward:

@@ -1,0 +1,179 @@
+"""Which of the ways through attention is the fastest here: measured once, agreed between ranks, kept.
+
+All of them give the same bits (:mod:`bernini.parallel.overlap`), so a layer is simply run by each, forward and, where
+gradients are wanted, backward, a few times in turns before it is run for real. A round's time is that of its slowest
+rank, a variant's that of its best round. Rounds go on until some more of them change neither the choice nor the best
+times, or :data:`BUDGET` is spent. From packed to async to chunk, the next is taken only if it gains more than
+:data:`GAIN`: so what is chosen loses no more than that to packed, nor to the best.
+
+What is measured is kept for a group, a device, and shapes that are alike: tokens and keys per query within a factor of
+:data:`ALIKE`. All ranks know the same numbers, so they ask, measure and choose at the same time.
+
+Source: facts on systems, sections 0.4 (overlap is a policy with an automatic off switch) and 3.3.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from math import inf, log
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .group import Group
+from .swap import Swap
+
+Variant = Literal["packed", "async", "chunk"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+CHOICES = ("auto", *VARIANTS)
+"""What people may ask for: one of them, or to have them measured."""
+
+GAIN = 0.01
+"""Share of a simpler one's time that another one has to save."""
+ROUNDS = (3, 8)
+"""Rounds that are made before ranks tell each other their times, and how often they do at most."""
+SETTLED = 0.005
+"""Share that no best time fell by in the last rounds."""
+BUDGET = 20.0
+"""Seconds after which a choice has to do."""
+ALIKE = 2**0.5
+"""Shapes whose numbers differ less are taken for one."""
+
+
+class Measured(NamedTuple):
+    """
+    Args:
+        group: of the ranks that measured.
+        seconds: of each variant, by its slowest rank in its best round.
+    """
+
+    group: Group
+    seconds: dict[Variant, float]
+
+
+class Policy:
+    """
+    Args:
+        choice: a variant, or ``auto``.
+        rounds: how many between two looks at the times, and how many looks at most.
+        clock: tells seconds.
+
+    Raises:
+        ValueError: a choice that there is not.
+    """
+
+    def __init__(
+        self, choice: str = "auto", *, rounds: tuple[int, int] = ROUNDS, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        if choice not in CHOICES:
+            raise ValueError(f"Policy: {choice!r} is none of {', '.join(CHOICES)}")
+        self.choice, self.rounds, self.clock = choice, rounds, clock
+        self.found: dict[Hashable, Measured] = {}
+        """By what was asked for."""
+
+    def choose(
+        self, swap: Swap, samples: Sequence[int], chunks: int, x_TN: Tensor, by: Callable[[Variant, Tensor], Tensor]
+    ) -> Variant:
+        """The variant for a layer. The ranks of the group call it at the same time.
+
+        Args:
+            swap: its exchanges.
+            samples: borders of the samples, whose tokens attend to each other.
+            chunks: into how many the heads of a rank can go.
+            x_TN: its input, of the own tokens.
+            by: runs it.
+        """
+        if self.choice != "auto":
+            return next(variant for variant in VARIANTS if variant == self.choice)
+        if swap.group.size == 1 or x_TN.is_meta or isinstance(x_TN, FakeTensor):
+            return "packed"  # nothing is sent, or nothing takes any time
+        lengths = [stop - start for start, stop in pairwise(samples)]
+        tokens, pairs = sum(lengths), sum(length**2 for length in lengths)
+        key = (
+            id(swap.group), swap.heads, _step(tokens), _step(pairs / max(tokens, 1)), x_TN.shape[1], x_TN.dtype,
+            x_TN.device.type, torch.is_grad_enabled(),
+        )  # fmt: skip
+        if key not in self.found:
+            self.found[key] = self._measured(swap.group, VARIANTS if chunks > 1 else VARIANTS[:-1], x_TN, by)
+        return chosen(self.found[key].seconds)
+
+    def _measured(
+        self, group: Group, variants: tuple[Variant, ...], x_TN: Tensor, by: Callable[[Variant, Tensor], Tensor]
+    ) -> Measured:
+        for variant in variants:  # what is made or compiled on first use
+            self._timed(group, partial(by, variant), x_TN)
+        best, spent = dict.fromkeys(variants, inf), 0.0
+        turns = [number % len(variants) for number in range(self.rounds[0])]  # another one begins each time
+        for _ in range(self.rounds[1]):
+            own = [self._round(group, variants[first:] + variants[:first], x_TN, by) for first in turns]
+            rounds = [
+                {variant: max(times[variant] for times in ranks) for variant in variants}
+                for ranks in zip(*group.tell(own), strict=True)
+            ]
+            before, best = best, {name: min(best[name], *(times[name] for times in rounds)) for name in variants}
+            spent += sum(sum(times.values()) for times in rounds)
+            settled = all(best[variant] > (1 - SETTLED) * before[variant] for variant in variants)
+            if spent > BUDGET or (settled and chosen(best) == chosen(before)):
+                break
+        return Measured(group, best)
+
+    def _round(
+        self, group: Group, variants: Sequence[Variant], x_TN: Tensor, by: Callable[[Variant, Tensor], Tensor]
+    ) -> dict[Variant, float]:
+        return {variant: self._timed(group, partial(by, variant), x_TN) for variant in variants}
+
+    def _timed(self, group: Group, run: Callable[[Tensor], Tensor], x_TN: Tensor) -> float:
+        """Seconds of a layer, with its backward where gradients are wanted. Nothing of it is kept."""
+        x_TN = x_TN.detach().requires_grad_(torch.is_grad_enabled())
+        group.tell(None)  # all begin together
+        start = self.clock()
+        # Whoever offloads or recomputes what a layer keeps must not take this for one.
+        with _disable_current_modes(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            out = run(x_TN)
+            if out.requires_grad:
+                torch.autograd.grad(out, [x_TN, *_weights(out, x_TN)], torch.ones_like(out))
+            if x_TN.is_cuda:
+                torch.cuda.synchronize(x_TN.device)
+        return self.clock() - start
+
+
+PACKED = Policy("packed")
+"""Nothing is measured."""
+
+
+def chosen(seconds: Mapping[Variant, float]) -> Variant:
+    """The simplest that loses no more than :data:`GAIN` to any other."""
+    found: Variant = "packed"
+    for variant in VARIANTS:
+        if variant in seconds and seconds[variant] < (1 - GAIN) * seconds[found]:
+            found = variant
+    return found
+
+
+def _step(number: float) -> int:
+    return round(log(max(number, 1.0), ALIKE))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _weights(out: Tensor, x: Tensor) -> list[Tensor]:
+    """The leaves but x that the result comes from."""
+    found, seen, queue = list[Tensor](), set[Any](), [out.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not x:
+            found.append(leaf)
+        queue += [before for before, _ in node.next_functions]
+    return found
