@@ -236,6 +236,7 @@ def _place(args: argparse.Namespace, mesh: Mesh) -> Place:
 
 
 def _load(args: argparse.Namespace, where: Place, mesh: Mesh) -> Bernini:
+    from bernini.parallel.policy import Policy
     from bernini.parallel.share import LEAST, Share
 
     from .pipeline import Bernini
@@ -249,7 +250,12 @@ def _load(args: argparse.Namespace, where: Place, mesh: Mesh) -> Bernini:
         memory=args.memory,
         vae_tiling=args.vae_tiling,
         components=args.components,
-        share=Share(mesh.world, LEAST if args.share_from is None else args.share_from),
+        share=Share(
+            mesh.world,
+            LEAST if args.share_from is None else args.share_from,
+            args.branches == "auto",
+            Policy(args.swap),
+        ),
     )
 
 
@@ -273,6 +279,8 @@ def _generate(model: Bernini, where: Place, job: Job, *, write: bool) -> None:
         watch = Stopwatch(progress)
         clip = model.generate(job.request, watch, partial(_write_plan, job) if write else None)
         summary = watch.summary()
+    if model.placement is not None and model.placement.apart:
+        say(f"{job.name}: {model.placement.describe()}")
     say(f"{job.name}: {summary}")
     for path, write_one in _writers(job, clip) if write else ():
         write_one()

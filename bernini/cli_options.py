@@ -209,6 +209,13 @@ def add_generate(parser: Parser) -> None:
                        help="the VAE works on tiles: less memory for large frames, another result")  # fmt: skip
     group.add_argument("--share-from", type=count, metavar="N",
                        help="of processes, the tokens from which on they share a sequence (default: 4096)")  # fmt: skip
+    group.add_argument("--swap", choices=["auto", "packed", "async", "chunk"], default="auto",
+                       help="of processes that share a sequence, how they send each other heads: all at once (packed), "
+                       "beside the projections (async), beside attention too (chunk), or what measures fastest (auto); "
+                       "the result is the same")  # fmt: skip
+    group.add_argument("--branches", choices=["auto", "off"], default="auto",
+                       help="of processes: each may have other branches of guidance where that is faster, which may "
+                       "take more memory (auto), or all share every branch (off; default: auto)")  # fmt: skip
 
 
 def request_options(args: argparse.Namespace) -> dict[str, Any]:

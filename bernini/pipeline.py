@@ -38,6 +38,8 @@ from .shipped import shipped
 from .sources import read_sources, result_shape
 
 if TYPE_CHECKING:
+    from bernini.parallel.branches import Placement
+
     from .memory.choose import Choice
     from .memory.needs import Stage
     from .memory.residency import Residency
@@ -71,6 +73,8 @@ class Bernini:
     ) -> None:
         self.experts, self.text, self.vae, self.device, self._planner = experts, text, vae, device, planner
         self.geometry, self.share, self.residency = geometry, share, residency
+        self.placement: Placement | None = None
+        """Which processes had which branches of guidance in the last request."""
 
     @property
     def has_planner(self) -> bool:
@@ -162,7 +166,7 @@ class Bernini:
         else:
             experts = Experts(load("high"), load("low") if files.has_low else None, files.boundary)
         text = TextEncoder(tokenizer, encoder, geometry.text_tokens)
-        return cls(experts, text, VideoAutoencoder(vae), device, planner, geometry, share)
+        return cls(experts, text, VideoAutoencoder(vae, share.group), device, planner, geometry, share)
 
     def fit(self, request: Request) -> Choice | None:
         """What is kept where for a request, under the memory limit that the model was loaded with; else ``None``.
@@ -233,6 +237,7 @@ class Bernini:
             solver=make_solver(request.solver, request.sigma_schedule, chosen.steps, chosen.flow_shift),
             progress=partial(report, "sampling"),
             share=self.share,
+            placed=partial(setattr, self, "placement"),
         )
         self._leave("sampling")
         report("decoding", 0, 1)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from bernini.kernels import interval_attention
 from bernini.kernels.attention import backends
 
-from ..parallel.group import Message
+from ..parallel.group import Arrived, Group, Message, Pending
 from ..parallel.mesh import Mesh
 
 _WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -67,6 +67,9 @@ class Phantom:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Nothing arrives."""
 
+    def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        return Arrived()
+
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """The room for the rows of all ranks. Sums of float64, which are read back, are zeros on the host."""
         if rows.dtype == torch.float64:
@@ -76,6 +79,9 @@ class Phantom:
 
     def tell(self, thing: Any) -> list[Any]:
         return [thing] * self.size
+
+    def parts(self, ranges: Sequence[range]) -> list[Group | None]:
+        return [Phantom(len(ranks), ranks.index(self.rank)) if self.rank in ranks else None for ranks in ranges]
 
 
 @contextmanager

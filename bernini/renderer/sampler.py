@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from bernini.kernels import SegmentLayout, guide, scatter_rows
-from bernini.parallel.packer import Packer
-from bernini.parallel.plan import Cut, LocalLayout
+from bernini.kernels import SegmentLayout, guide
+from bernini.parallel.branches import Placement
 from bernini.parallel.share import ALONE, Share
-from bernini.parallel.ulysses import Ulysses, gathered
 
+from .branches import Branches
 from .config import RendererConfig
 from .guidance import Plan, Projection
-from .model import Renderer, SelfAttend, TextContext, attend_here
+from .model import Renderer
 from .schedule import Solver
 
 Which = Literal["high", "low"]
@@ -96,21 +95,6 @@ def expert_at(experts: ExpertPair, timestep: float) -> Which:
     return "low" if experts.has_low and timestep < experts.boundary else "high"
 
 
-class _Input(NamedTuple):
-    """One branch as the model sees it: only the target's rows of ``tokens`` change from step to step.
-
-    Where ranks share it, layout and tokens are this rank's, ``here`` are its rows of the target, and ``targets`` says
-    which rank has which.
-    """
-
-    layout: SegmentLayout | LocalLayout
-    tokens: Tensor
-    text: str
-    here: slice = slice(None)
-    attend: SelfAttend = attend_here
-    targets: Cut | None = None
-
-
 @torch.no_grad()
 def sample(
     experts: ExpertPair,
@@ -127,11 +111,12 @@ def sample(
     watch: Callable[[int, Tensor, Tensor], None] | None = None,
     rounding: str = "fp32",
     share: Share = ALONE,
+    placed: Callable[[Placement], None] | None = None,
 ) -> Tensor:
     """Denoises the target.
 
-    Ranks that share sequences compute their part of every branch; the velocities of the target are small, so each rank
-    gets all of them and does the same step.
+    Ranks that work together compute their part of every branch, or some branches each; the velocities of the target are
+    small, so each rank gets all of them and does the same step.
 
     Args:
         layout: one sample: source videos, source images, target.
@@ -144,6 +129,7 @@ def sample(
         watch: called after each step with (step, guided velocity, state), both ``[target tokens, values]``.
         rounding: contract of guidance's arithmetic.
         share: the ranks that call this together, with equal arguments.
+        placed: called once with which ranks compute which branches, numbered as they differ.
 
     Returns:
         float32 ``[target tokens, values]``: the clean target's patches.
@@ -151,30 +137,22 @@ def sample(
     plan = plan.evaluated(guidance.scales)
     frames = layout.segments[layout.numbers("target")[0]].grid[0]
     latent = noise_tokens.to(torch.float32)
-    inputs, place = _distinct_inputs(plan, layout, videos, source_tokens, latent, share, experts.config)
+    branches = Branches(plan, layout, videos, source_tokens, latent, texts, share, experts.config)
+    if placed is not None:
+        placed(branches.placement)
     buffer = latent.new_zeros(len(plan.links), frames, latent.numel() // frames)
     levels, report = solver.schedule, progress or (lambda done, steps: None)
-    contexts: dict[str, TextContext] = {}
     model: Renderer | None = None
     held: Which | None = None
     report(0, levels.steps)
     for step, timestep in enumerate(levels.timesteps):
         which = expert_at(experts, timestep)
         if which != held:
-            contexts.clear()  # keys and values of the other expert's layers
+            branches.forget()  # keys and values of the other expert's layers
             model = None  # let go of it before the next is loaded: two may not fit
             model, held = experts.get(which), which
         assert model is not None
-        time = torch.tensor([timestep], device=latent.device)
-        results = []
-        for branch in inputs:
-            if branch.text not in contexts:
-                contexts[branch.text] = model.text_context(texts[branch.text])
-            scatter_rows(branch.tokens, [latent[branch.here]], [branch.layout.on(latent.device).target_index])
-            velocity = model(branch.tokens, branch.layout, time, contexts[branch.text], attend=branch.attend)
-            if branch.targets is not None:
-                velocity = gathered(share.group, branch.targets, velocity)
-            results.append(velocity.view(frames, -1))
+        results = branches.velocities(model, timestep, latent)
         # In x0 space, at sigma 0, nothing is left to guide.
         apg = plan.apg if plan.apg and (levels.sigmas[step] > 0 or plan.apg.space != "x0") else None
         in_x0 = apg is not None and apg.space == "x0"
@@ -182,7 +160,7 @@ def sample(
         if watch is not None:  # the velocity is written only where somebody looks at it
             rows = [*rows, [0.0, 1.0, *[0.0] * len(history)]]
         state, *kept = guide(
-            [results[number] for number in place],
+            [velocity.view(frames, -1) for velocity in results],
             plan.scaled(guidance.scales, guidance.switch_factor if which == "low" else 1.0),
             apg=apg.form if apg else None,
             space="x0" if in_x0 else "velocity",
@@ -200,40 +178,3 @@ def sample(
         solver.remember(kept)
         report(step + 1, levels.steps)
     return latent
-
-
-def _distinct_inputs(
-    plan: Plan, layout: SegmentLayout, videos: int, source_tokens: Sequence[Tensor], latent: Tensor, share: Share,
-    config: RendererConfig,
-) -> tuple[list[_Input], list[int]]:  # fmt: skip
-    """The inputs that differ, and for each branch of the plan the number of its input.
-
-    Two branches may be one: without images, "first video" and "all" see the same.
-    """
-    inputs: list[_Input] = []
-    numbers: dict[tuple[SegmentLayout, tuple[int, ...], str], int] = {}
-    place = []
-    for branch in plan.branches:
-        branch_layout, kept = branch.layout(layout, videos)
-        key = (branch_layout, kept, branch.text)
-        if key not in numbers:
-            numbers[key] = len(inputs)
-            sources = dict(zip(branch_layout.numbers("source"), (source_tokens[n] for n in kept[:-1]), strict=True))
-            inputs.append(_input(branch_layout, branch.text, sources, latent, share, config.num_attention_heads))
-        place.append(numbers[key])
-    return inputs, place
-
-
-def _input(
-    layout: SegmentLayout, text: str, sources: Mapping[int, Tensor], latent: Tensor, share: Share, heads: int
-) -> _Input:
-    """``sources`` by the number of their segment."""
-    sp = share.plan(layout, heads, heads)
-    rank = share.group.rank
-    packer = Packer(layout, None if sp is None else sp.cut.part(rank))
-    tokens = latent.new_zeros(packer.tokens, latent.shape[-1])
-    packer.write(tokens, {"source": [sources[number] for number in layout.numbers("source")]})
-    if sp is None:
-        return _Input(layout, tokens, text)
-    here = slice(*packer.rows("target"))
-    return _Input(sp.local(rank), tokens, text, here, Ulysses(share.group, sp), sp.targets)
