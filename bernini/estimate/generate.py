@@ -90,7 +90,7 @@ def taken(sizes: Dimensions, call: Call, vae: Any = None) -> Taken:
 
     with torch.device("meta"):
         coder = AutoencoderKLWan.from_config(vae) if vae else AutoencoderKLWan()
-    opened = VideoAutoencoder(coder.eval())
+    opened = VideoAutoencoder(coder.eval(), exact=True)  # as on a GPU
     found = _weights(sizes, call.dtype, coder)
     planner = None
     if sizes.planner is not None:

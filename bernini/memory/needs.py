@@ -24,7 +24,7 @@ from ..renderer.config import RendererConfig
 from ..renderer.latents import patch_grid
 from ..renderer.model import KEEP_IN_FP32, Renderer
 from ..renderer.vae import VideoAutoencoder
-from ..renderer.vae_chunks import decoded, encode, in_pieces
+from ..renderer.vae_chunks import encode
 from ..request import Request, Settings
 from ..sources import result_shape
 from .peak import peak_bytes
@@ -158,22 +158,21 @@ def _planning(model: Model, job: Job) -> int:
 
 def _encoding(model: Model, shape: tuple[int, int, int]) -> int:
     frames, height, width = shape
-    pieces = in_pieces(model.vae.model)
-    some = min(frames, 1 + 4 * (PIECES - 1)) if pieces else frames
+    some = min(frames, 1 + 4 * (PIECES - 1)) if model.vae.in_pieces else frames
     pixels = torch.empty((some, height, width, 3), dtype=torch.uint8, device="meta")
     return peak_bytes(lambda: encode(model.vae, Clip(pixels, 1.0), "meta"))
 
 
 def _decoding(model: Model, latent: tuple[int, ...]) -> int:
     """The last piece is on its way to bytes while the next is not begun: three times its pixels at most."""
-    if not in_pieces(model.vae.model):
+    if not model.vae.in_pieces:
         return peak_bytes(lambda: model.vae.decode(torch.empty(latent, device="meta"))) + 9 * _pixels(model, latent)
     some = (latent[0], min(latent[1], PIECES), *latent[2:])
     states = 4 * 4 * (math.prod(latent) - math.prod(some))
 
     def run() -> None:
-        for piece in decoded(model.vae, torch.empty(some, device="meta")):
-            torch.empty((3, *piece.shape), device="meta")
+        for part in model.vae.decode_pieces(torch.empty(some, device="meta")):
+            torch.empty((3, *part.own.shape), device="meta")
 
     return peak_bytes(run) + states
 

@@ -84,16 +84,16 @@ def open_within(
     vae: Held[Any] = Held(load_vae)
     on_host = torch.device(device).type == "cpu"
     model = Model(
-        files.config, VideoAutoencoder(empty_vae), empty_text.config, geometry.text_tokens, about, geometry, dtype,
-        on_host,
+        files.config, VideoAutoencoder(empty_vae, exact=not on_host), empty_text.config, geometry.text_tokens, about,
+        geometry, dtype, on_host,
     )  # fmt: skip
     residency = Residency(
         limit, model, experts=experts, text=text, vae=vae, planner=planner, sizes=sizes, tiled=tiling
     )  # fmt: skip
     return make(
         HeldExperts(files, experts), TextEncoder(tokenizer, Lazy(text), geometry.text_tokens),
-        VideoAutoencoder(Lazy(vae, config=empty_vae.config)), device, None if planner is None else planner.get,
-        geometry, share, residency,
+        VideoAutoencoder(Lazy(vae, config=empty_vae.config), share.group, most=1), device,
+        None if planner is None else planner.get, geometry, share, residency,
     )  # fmt: skip
 
 

@@ -33,13 +33,17 @@ class Peak(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):
             if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                key = storage._cdata
+                if value.is_mkldnn:  # weights in a layout of oneDNN's own, whose storage is hidden
+                    holder: Any = value
+                    key, size = id(value), value.numel() * value.itemsize
+                else:
+                    holder = storage = value.untyped_storage()
+                    key, size = storage._cdata, storage.nbytes()
                 if key not in self._sizes:
-                    self._sizes[key] = storage.nbytes()
-                    self.now += self._sizes[key]
+                    self._sizes[key] = size
+                    self.now += size
                     self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self._gone, key)
+                    weakref.finalize(holder, self._gone, key)
         return out
 
     def _gone(self, key: int) -> None:
