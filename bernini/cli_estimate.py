@@ -40,8 +40,8 @@ def add(commands: Any) -> None:
                        help="what is gathered at a time: blocks, as train does; blocks that stay until backward; whole "
                        "models; none: every rank has everything (default: blocks)")  # fmt: skip
     group.add_argument("--recompute", choices=list(ON), help="activation checkpointing (default: the recipe's)")
-    group.add_argument("--offload", choices=["none", "hidden", "hidden+attention", "all"], default="none",
-                       help="saved tensors that go to the host (default: none)")  # fmt: skip
+    group.add_argument("--offload", choices=["none", "hidden", "hidden+attention", "all"],
+                       help="saved tensors that go to the host (default: the recipe's)")  # fmt: skip
     group.add_argument("--average", choices=list(PLACES), default="device", help="where the averaged weights are")
     group.add_argument("--optimizer", choices=list(PLACES), default="device", help="where the moments are")
     group.add_argument("--packer", choices=list(ON), default="on",
@@ -91,18 +91,19 @@ def _settings(args: argparse.Namespace, recipe: Any) -> Settings:
     if args.ranks % share:
         raise UserError(f"--ranks {args.ranks}: no multiple of the {share} that share a sequence (--share)")
     recompute = recipe.recompute if args.recompute is None else ON[args.recompute]
-    if args.offload in ("hidden", "hidden+attention") and not recompute:
+    offload = args.offload or recipe.offload.policy
+    if offload in ("hidden", "hidden+attention") and not recompute:
         raise UserError(
-            f"--offload {args.offload} keeps what blocks begin with, and the rest is computed again: add --recompute on"
+            f"--offload {offload} keeps what blocks begin with, and the rest is computed again: add --recompute on"
         )
-    if args.offload == "all":
+    if offload == "all":
         if args.recompute == "on":
             raise UserError("--offload all keeps everything, so nothing is computed again: leave out --recompute on")
         recompute = False
     if args.optimizer == "host" and recipe.optimizer.name != "adamw":
         raise UserError("--optimizer host is known of adamw alone")
     return Settings(
-        args.ranks, share, args.fsdp if args.ranks > 1 else "none", recompute, args.offload,
+        args.ranks, share, args.fsdp if args.ranks > 1 else "none", recompute, offload,
         average=PLACES[args.average], optimizer=PLACES[args.optimizer], packer=ON[args.packer],
     )  # fmt: skip
 
@@ -113,7 +114,7 @@ def _refuse_training(args: argparse.Namespace) -> None:
         UserError: options that only a recipe has.
     """
     used = [
-        name for name, default in (("recompute", None), ("offload", "none"), ("average", "device"),
+        name for name, default in (("recompute", None), ("offload", None), ("average", "device"),
                                    ("optimizer", "device"), ("packer", "on"), ("fsdp", "blocks"), ("tokens", None),
                                    ("search", False), ("host_memory", None))
         if getattr(args, name) != default

@@ -57,6 +57,7 @@ class ActivationOffload:
             ``all``). False where the model has checkpoints of its own; for ``hidden+attention`` these need
             ``context_fn=offload.contexts``.
         minimum: bytes; smaller tensors stay.
+        others: modules of the blocks' class that may be called beside them; what they keep stays, but with ``all``.
         in_flight: most bytes on their way out at once.
         landing: most tensors fetched ahead at once.
         full: what a full arena means: ``keep`` the tensor on the device and warn once, or ``raise``.
@@ -73,6 +74,7 @@ class ActivationOffload:
         self, blocks: Iterable[nn.Module], *, gpu_budget: int | None = None, arena: Arena | None = None,
         policy: Policy = "hidden", transfers: Transfers | None = None, recompute: bool = False,
         minimum: int = 1 << 20, in_flight: int = 1 << 30, landing: int = 4, full: Literal["keep", "raise"] = "keep",
+        others: Iterable[nn.Module] = (),
     ) -> None:  # fmt: skip
         if policy not in get_args(Policy):
             raise ValueError(f"ActivationOffload: policy {policy!r}; there are {', '.join(get_args(Policy))}")
@@ -84,7 +86,7 @@ class ActivationOffload:
                 f"1, and gpu_budget={gpu_budget} not negative"
             )
         self.policy, self.recompute, self.minimum, self.full = policy, recompute, minimum, full
-        self.cover = Cover(list(blocks), self._call)
+        self.cover = Cover(list(blocks), self._call, list(others))
         self.arena = arena or Arena(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
         self.transfers = transfers or make()
         self.store = self.store_type(self.arena, self.transfers, in_flight, landing)

@@ -20,13 +20,14 @@ class Cover:
 
     Args:
         call: is called instead of a block, with what computes it, its arguments and its keyword arguments.
+        others: modules that may look like blocks and are none.
 
     Raises:
         ValueError: no blocks, or one of them twice.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], call: Call) -> None:
-        self.blocks, self._call = list(blocks), call
+    def __init__(self, blocks: Sequence[nn.Module], call: Call, others: Sequence[nn.Module] = ()) -> None:
+        self.blocks, self._call, self._others = list(blocks), call, list(others)
         if not self.blocks:
             raise ValueError("ActivationOffload: no blocks; give it the list of the model's repeated modules")
         if len({id(block) for block in self.blocks}) < len(self.blocks):
@@ -116,7 +117,7 @@ class Cover:
     def _see(self, module: nn.Module, args: Any) -> None:
         if self._stack or type(module).__module__.startswith("torch.") or torch._C._current_graph_task_id() != -1:
             return
-        if any(module is block for block in self.blocks):
+        if any(module is known for known in (*self.blocks, *self._others)):
             return
         if any(type(module) is type(block) for block in self.blocks):
             self._strays.add(module)

@@ -27,7 +27,7 @@ from ..parallel.fsdp import Groups
 from ..parallel.mesh import Mesh
 from ..training.dimensions import Dimensions
 from ..training.models import Models
-from ..training.recipe import Recipe
+from ..training.recipe import Offload, Recipe
 from ..training.stage import Micro
 from ..training.stages import assemble
 from ..training.standins import BACKEND, empty_models
@@ -98,7 +98,8 @@ def track(recipe: Recipe, sizes: Dimensions, settings: Settings, work: Work) -> 
         UserError: what the recipe asks for is not in the checkpoint.
     """
     recipe = replace(
-        recipe, recompute=False, sequence=settings.sequence, batch=replace(recipe.batch, accumulate=1),
+        recipe, recompute=False, offload=Offload(), sequence=settings.sequence,
+        batch=replace(recipe.batch, accumulate=1),
         dropout=replace(recipe.dropout, text=0.0, image=0.0, video=0.0, plan=0.0),
     )  # fmt: skip
     models = empty_models(recipe, sizes)

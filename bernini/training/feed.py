@@ -55,7 +55,7 @@ class Feed:
         cost: Callable[[Example], tuple[int, int]],
         usable: Callable[[Example], str | None] = lambda example: None,
     ) -> None:
-        self._recipe, self._mixture, self._cost, self._usable = recipe, mixture, cost, usable
+        self._recipe, self._mixture, self.cost, self._usable = recipe, mixture, cost, usable
 
     def pick(self, step: int, number: int) -> Picked:
         """The examples of a micro-batch.
@@ -83,7 +83,7 @@ class Feed:
                         f"{example.reason} ({example.detail}); 'bernini data check' tells about all"
                     )
                 continue
-            missed, needed = 0, self._cost(example)
+            missed, needed = 0, self.cost(example)
             if any(need > have for need, have in zip(needed, room, strict=True)):
                 if not chosen:
                     raise UserError(

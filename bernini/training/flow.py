@@ -211,7 +211,7 @@ def renderer_losses(renderer: Renderer, batch: RendererBatch, share: Share = ALO
         rank, heads = share.group.rank, renderer.config.num_attention_heads
         sp = SPPlan.make(batch.layout, heads, heads, share.group.size)
         local, here = sp.local(rank), sp.targets.part(rank)
-        velocity = renderer(batch.tokens, local, batch.timestep, text, attend=Ulysses(share.group, sp))
+        velocity = renderer(batch.tokens, local, batch.timestep, text, attend=Ulysses(share.group, sp, share.policy))
     else:
         here, velocity = (0, borders[-1]), renderer(batch.tokens, batch.layout, batch.timestep, text)
     wide = torch.promote_types(velocity.dtype, torch.float32)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
 
-Log = Callable[[int, Mapping[str, float], int, int, float], None]
-"""Called with a step, its values by name, and its tokens, examples and seconds."""
+Log = Callable[[int, Mapping[str, float], int, Sequence[str], float], None]
+"""Called with a step, its values by name, its tokens, the keys of its examples, and its seconds."""
 
 
 @contextmanager
@@ -23,15 +24,18 @@ def logs(run: Path | None, step: int, *, every: int) -> Iterator[Log]:
         every: steps between points on the board.
     """
     if run is None:
-        yield lambda step, values, tokens, examples, seconds: None
+        yield lambda step, values, tokens, keys, seconds: None
         return
     run.mkdir(parents=True, exist_ok=True)
     _cut(run / LOG, step)
     board = _board(run / TENSORBOARD, step)
     with (run / LOG).open("a", encoding="utf-8") as lines:
 
-        def log(step: int, values: Mapping[str, float], tokens: int, examples: int, seconds: float) -> None:
-            line = {"step": step, **values, "tokens": tokens, "examples": examples, "seconds": round(seconds, 4)}
+        def log(step: int, values: Mapping[str, float], tokens: int, keys: Sequence[str], seconds: float) -> None:
+            line = {
+                "step": step, **values, "tokens": tokens, "examples": len(keys), "batch": digest(keys),
+                "seconds": round(seconds, 4),
+            }  # fmt: skip
             lines.write(json.dumps(line) + "\n")
             lines.flush()
             if step % every == 0:
@@ -43,6 +47,11 @@ def logs(run: Path | None, step: int, *, every: int) -> Iterator[Log]:
             yield log
         finally:
             board.close()
+
+
+def digest(keys: Sequence[str]) -> str:
+    """Of a step's examples, in whatever order: runs of the same recipe have the same."""
+    return hashlib.blake2b(json.dumps(sorted(keys)).encode(), digest_size=4).hexdigest()
 
 
 def _board(folder: Path, step: int) -> Any:

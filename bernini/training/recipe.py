@@ -57,13 +57,23 @@ class Batch:
     Args:
         samples: at most so many in a micro-batch.
         renderer_tokens, planner_tokens: budgets of a micro-batch, in tokens of the packed sequence of each model.
-        accumulate: micro-batches of a step.
+        accumulate: micro-batches of a step; more where a balanced step does not fit in so many.
+        window: steps whose examples are dealt out anew, so that each has as much work. A step's losses then weigh as
+            many examples as it has, and the window's gradients add up to those of the plain mean.
+        balance: give examples to processes, and to micro-batches, by the work that they are, instead of in turn.
+        split: at most so many processes share an example that is more than one's part of the work: a power of two.
+        fit: steps after which the estimate of that work is fitted again to measured times; 0 never. The same examples
+            come in the same steps, but sums are rounded as the times fell out.
     """
 
     samples: int = 1_000_000
     renderer_tokens: int = 150_000
     planner_tokens: int = 150_000
     accumulate: int = 1
+    window: int = 1
+    balance: bool = False
+    split: int = 1
+    fit: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,20 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class Offload:
+    """Of what blocks keep for backward, to host memory and back (see ``bernini.offload.activations``). Same bits.
+
+    Args:
+        policy: ``hidden``: the inputs of blocks; ``hidden+attention``: attention's outputs too, which are then not
+            computed again. Both want ``recompute``. ``all``: everything, without it.
+        host_gib: GiB of host memory for a process; 0 for its part of half of the machine's. What does not fit stays.
+    """
+
+    policy: Literal["none", "hidden", "hidden+attention", "all"] = "none"
+    host_gib: float = 0.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A run.
 
@@ -138,6 +162,7 @@ class Recipe:
         precision: of the computation; weights are kept and updated in float32.
         recompute: keep only the blocks' inputs and compute the rest again in backward.
         sequence: processes that share each packed sequence; of several processes, a number that divides theirs.
+        swap: how those send each other heads (:mod:`bernini.parallel.policy`); auto measures. The result is the same.
         ema: decay of the averaged weights, which are what is exported; 0 for none.
         least_psnr: of stage II and III: how good the autoencoder must be, in dB, by what its own training noted.
         copies: noisy copies of a masked ViT embedding in the decoder's loss.
@@ -154,6 +179,7 @@ class Recipe:
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     recompute: bool = False
     sequence: int = 1
+    swap: Literal["auto", "packed", "async", "chunk"] = "auto"
     ema: float = 0.9999
     least_psnr: float = 0.0
     copies: int = 16
@@ -167,6 +193,7 @@ class Recipe:
     dropout: Dropout = Dropout()
     loss: Losses = Losses()
     noise: Noise = Noise()
+    offload: Offload = Offload()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -297,9 +324,29 @@ def _check(recipe: Recipe, path: str) -> None:
     for key in ("steps", "save_every", "keep", "log_every", "copies", "sequence"):
         if getattr(recipe, key) < 1:
             refuse(key, getattr(recipe, key), "positive")
-    for key in ("samples", "renderer_tokens", "planner_tokens", "accumulate"):
+    for key in ("samples", "renderer_tokens", "planner_tokens", "accumulate", "window", "split"):
         if getattr(recipe.batch, key) < 1:
             refuse(f"batch.{key}", getattr(recipe.batch, key), "positive")
+    if recipe.batch.fit < 0:
+        refuse("batch.fit", recipe.batch.fit, "at least 0")
+    if recipe.batch.split & (recipe.batch.split - 1):
+        refuse("batch.split", recipe.batch.split, "a power of two")
+    for key, asked in (
+        ("window", recipe.batch.window > 1), ("split", recipe.batch.split > 1), ("fit", recipe.batch.fit > 0)
+    ):  # fmt: skip
+        if asked and not recipe.batch.balance:
+            refuse("batch.balance", "false", f"true where batch.{key} is used")
+    hidden = recipe.offload.policy.startswith("hidden")
+    if recipe.offload.policy != "none" and recipe.recompute != hidden:
+        refuse(
+            "recompute",
+            str(recipe.recompute).lower(),
+            f"{str(hidden).lower()} with offload.policy {recipe.offload.policy!r}",
+        )
+    if recipe.offload.policy != "none" and recipe.stage in ("vae", "understanding"):
+        refuse("offload.policy", repr(recipe.offload.policy), f"'none' in the stage {recipe.stage!r}")
+    if recipe.offload.host_gib < 0:
+        refuse("offload.host_gib", recipe.offload.host_gib, "at least 0")
     if not 0 <= recipe.ema < 1:
         refuse("ema", recipe.ema, "at least 0 and below 1")
     if recipe.seed < 0:

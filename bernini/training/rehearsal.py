@@ -27,7 +27,7 @@ from ..errors import UserError
 from .data import FEATURES
 from .dimensions import dimensions
 from .models import Models
-from .recipe import Recipe
+from .recipe import Offload, Recipe
 from .stage import Micro
 from .stages import assemble
 from .standins import empty_models, fused_attention, shown_examples
@@ -87,8 +87,9 @@ def rehearse(recipe: Recipe) -> Rehearsal:
     started = time.perf_counter()
     recipe = replace(
         recipe,
-        batch=replace(recipe.batch, accumulate=1),
+        batch=replace(recipe.batch, accumulate=1, window=1, balance=False, split=1, fit=0),
         dropout=replace(recipe.dropout, text=0.0, image=0.0, video=0.0),
+        offload=Offload(),
     )
     sizes = dimensions(recipe.model)
     models = empty_models(recipe, sizes)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from ..data.example import Example, Skip
+from ..data.example import Skip
 from ..parallel.fsdp import Groups
-from ..parallel.mesh import Mesh
 from ..parallel.share import Share
+from .batches import Batches, Portion
+from .work import NOTHING, Load
 
 if TYPE_CHECKING:
     from .export import Writer
-
-Kind = Callable[[Example], bool]
-"""Examples of a kind go through the same parts of the models."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,9 @@ class Micro:
         keys: of its examples.
         skipped: what came up and could not be used.
         real: how many of the content's examples, the first of them, have a loss; the others are dummies.
+        weights: of the losses by name, what the step's mean counts in its window; 1 by default.
+        share: the ranks that compute it together, where they are more than a sequence group.
+        load: of the rank that has most.
     """
 
     content: Any
@@ -41,32 +42,17 @@ class Micro:
     keys: tuple[str, ...]
     skipped: tuple[Skip, ...]
     real: int
+    weights: Mapping[str, float] = field(default_factory=dict)
+    share: Share | None = None
+    load: Load = NOTHING
 
-
-def portion(
-    examples: Sequence[Example], mesh: Mesh, kinds: Sequence[Kind], cost: Callable[[Example], int]
-) -> tuple[tuple[Example, ...], int]:
-    """What of a micro-batch this rank computes, and how many of it are real.
-
-    Example i belongs to data rank ``i % size``. All ranks have to run the same parts of the models, since these are
-    gathered from all of them. So where a rank lacks a kind that the micro-batch has, the cheapest example of that kind
-    is put behind its own, as a dummy: it is computed, but no loss is taken of it, so its gradient is exactly zero.
-
-    Args:
-        kinds: which parts of the models are run depends on which of these there are, and on nothing else.
-        cost: of an example.
-    """
-    own = [example for number, example in enumerate(examples) if number % mesh.data.size == mesh.data.rank]
-    real = len(own)
-    for kind in (*kinds, _any):
-        there = [example for example in examples if kind(example)]
-        if there and not any(map(kind, own)):
-            own.append(min(there, key=cost))
-    return tuple(own), real
-
-
-def _any(example: Example) -> bool:
-    return True
+    @classmethod
+    def of(cls, portion: Portion, content: Any, counts: Mapping[str, float], tokens: int) -> Micro:
+        """What a stage made of its portion."""
+        keys = tuple(drawn.example.key for drawn in portion.examples)
+        return cls(
+            content, counts, tokens, keys, portion.skipped, portion.real, portion.weights, portion.share, portion.load
+        )
 
 
 def taken(real: int, share: Share, tokens: int) -> int:
@@ -77,6 +63,10 @@ def taken(real: int, share: Share, tokens: int) -> int:
 
 class Stage(Protocol):
     """One way of training. It owns the modules and knows the data; the trainer owns steps, weights and files."""
+
+    @property
+    def batches(self) -> Batches:
+        """Which examples its micro-batches have."""
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:

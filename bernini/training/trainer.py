@@ -13,7 +13,6 @@ rounding. The first process writes and the others send it what it needs, a tenso
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -23,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from ..parallel.fsdp import clip, shard, sums, whole
 from ..parallel.mesh import Mesh, alone
 from ..parallel.patience import patiently
 from . import checkpoints
+from . import recipe as recipes
 from .export import Writer
 from .feed import ahead
 from .logs import LOG as LOG
@@ -45,8 +45,11 @@ from .stage import Micro, Stage
 from .weights import DTYPES, Weights, wide_dtype
 
 MODEL, SAMPLES = "model", "samples"
-MAY_CHANGE = ("output", "save_every", "keep", "log_every", "samples_every", "sequence")
-"""Keys of a recipe that may differ when a run goes on."""
+MAY_CHANGE = (
+    "output", "save_every", "keep", "log_every", "samples_every", "sequence", "swap", "offload", "batch.balance",
+    "batch.split", "batch.fit",
+)  # fmt: skip
+"""Keys of a recipe that may differ when a run goes on: none of them decides which examples a step has."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.stage, self._report, self._note = recipe, stage, report, note
         self.run, self.mesh = Path(recipe.output), mesh or alone()
+        stage.batches.meet()
         self._compute = shard(
             self.mesh, stage.parts, stage.groups(), compute=DTYPES[recipe.precision], wide=wide_dtype(recipe.precision),
             keep_wide=stage.keep_wide,
@@ -97,6 +101,7 @@ class Trainer:
         self.optimizers = optimizers(recipe.optimizer, self.weights, self.mesh.world)
         self.step = 0
         self.skipped = SkipLog()
+        self._spent: list[float] = []  # seconds of each micro-batch of the last step
         self._saving: checkpoints.Saving | None = None
 
     # --- from here to there ---
@@ -131,7 +136,7 @@ class Trainer:
                     self.step, self.recipe.steps, losses, norm, rate, tokens, time.perf_counter() - started
                 )  # fmt: skip
                 values = {**losses, "grad_norm": norm, "lr": rate}
-                log(self.step, values, tokens, sum(len(micro.keys) for micro in batch), done.seconds)
+                log(self.step, values, tokens, [key for micro in batch for key in micro.keys], done.seconds)
                 self._report(done)
                 self._count_skipped(batch)
                 if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or late:
@@ -146,7 +151,7 @@ class Trainer:
         return True
 
     def _micros(self, step: int) -> list[Micro]:
-        return [self.stage.micro(step, number) for number in range(self.recipe.batch.accumulate)]
+        return [self.stage.micro(step, number) for number in range(self.stage.batches.count(step))]
 
     def _update(self, batch: list[Micro]) -> tuple[dict[str, float], float]:
         """One optimizer step.
@@ -159,17 +164,19 @@ class Trainer:
         for micro in batch:
             counts.update(micro.counts)
         means: dict[str, float] = dict.fromkeys(counts, 0.0)
+        self._spent = []
         for micro in batch:
-            total: Tensor | None = None
+            begun, total = time.perf_counter(), cast("Tensor | None", None)
             found = {name: loss / counts[name] for name, loss in self._compute(partial(self._losses, micro)).items()}
             for name, mean in zip(found, sums([self._value(mean) for mean in found.values()], self.mesh), strict=True):
                 means[name] += mean
-                weighted = self.stage.weights[name] * found[name]
+                weighted = self.stage.weights[name] * micro.weights.get(name, 1.0) * found[name]
                 total = weighted if total is None else total + weighted
             if total is not None:
                 self._finite(means, batch)
                 total.backward()
                 self.weights.collect()
+            self._spent.append(time.perf_counter() - begun)
         self.weights.sum(self.mesh.world)
         norm = self._value(
             clip(self.weights.masters, self.weights.rows, self.recipe.optimizer.clip, self.mesh.world)
@@ -187,14 +194,19 @@ class Trainer:
         return dict(self.stage.losses(micro, self.step))
 
     def _agreed(self, batch: Sequence[Micro], until: float | None) -> tuple[int, bool]:
-        """(tokens of the step, whether the time is up), for all processes; a checkpoint that all have written ends."""
+        """(tokens of the step, whether the time is up), for all processes; a checkpoint that all have written ends, and
+        the times of micro-batches, which are to be the same for all, go to the estimate of work."""
         late = until is not None and time.monotonic() > until
         written = self._saving is not None and self._saving.done
-        # The ranks of a sequence group have the same tokens.
-        tokens = sum(micro.tokens for micro in batch) if self.mesh.sequence.rank == 0 else 0
-        tokens_, late_, written_ = sums([tokens, late, written], self.mesh)
+        # The ranks that share examples have the same tokens.
+        groups = [self.mesh.sequence if micro.share is None else micro.share.group for micro in batch]
+        tokens = sum(micro.tokens for micro, group in zip(batch, groups, strict=True) if group.rank == 0)
+        tokens_, late_, written_, *spent = sums([tokens, late, written, *self._spent], self.mesh)
         if written_ == self.mesh.world.size:
             self._settle()
+        seconds = [total / self.mesh.world.size for total in spent]
+        if said := self.stage.batches.estimate.note(self.step, [micro.load for micro in batch], seconds):
+            self._note(said)
         return int(tokens_), late_ > 0
 
     def _value(self, tensor: Tensor) -> float:
@@ -245,7 +257,10 @@ class Trainer:
             (own if spread else pieces).update(found)
         # What is whole on every process is written by the first; what one process alone has, by that.
         pieces = {name: piece for name, piece in pieces.items() if piece.rows is not None or self.mesh.first} | own
-        facts = {"recipe": self.recipe.to_dict(), "skipped": self.skipped.state()}
+        facts = {
+            "recipe": self.recipe.to_dict(), "skipped": self.skipped.state(),
+            "work": self.stage.batches.estimate.state(),
+        }  # fmt: skip
         self._saving = checkpoints.Saving(
             self.run, self.step, pieces, facts, keep=self.recipe.keep, world=self.mesh.world
         )
@@ -284,7 +299,9 @@ class Trainer:
 
     def _restore(self, folder: Path) -> None:
         with checkpoints.reading(folder) as (pieces, facts):
-            differing = _differing(json.loads(json.dumps(self.recipe.to_dict())), facts["recipe"])
+            # Keys that are newer than the checkpoint have their defaults.
+            theirs = recipes.read(facts["recipe"], str(folder / checkpoints.FACTS))
+            differing = _differing(self.recipe.to_dict(), theirs.to_dict())
             if differing:
                 raise UserError(
                     f"{folder} is of a run with another recipe ({'; '.join(differing)}); choose another output folder"
@@ -296,6 +313,7 @@ class Trainer:
                 checkpoints.restore_optimizer(optimizer, names, f"optimizer.{number}/", rows, pieces)
             self.step = facts["step"]
             self.skipped.restore(facts["skipped"])
+            self.stage.batches.estimate.restore(facts.get("work"))
 
     def export(self, folder: Path) -> None:
         """Writes the whole checkpoint with the averaged weights. All processes do this."""
@@ -318,7 +336,7 @@ def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any], key: str = ""
     found = []
     for name in {**mine, **theirs}:
         full = f"{key}{name}"
-        if not key and name in MAY_CHANGE:
+        if full in MAY_CHANGE:
             continue
         a, b = mine.get(name), theirs.get(name)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -43,7 +43,7 @@ class Opened:
         recipe = small.recipe(kind, model, Path("unused"), features, precision=precision, **changes)
         self.stage: Any = make_stage(recipe)
         self.weights = Weights(self.stage.parts, precision, ema=0.0, keep_wide=self.stage.keep_wide)
-        self.stage._feed = self.feed = Chosen()
+        self.stage.batches.feed = self.feed = Chosen()
         data = ParquetData(str(features))
         found: dict[str, list[Example]] = {}
         for number in range(len(data)):

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bernini.errors import UserError
-from bernini.training import checkpoints
+from bernini.training import checkpoints, keeping
+from bernini.training.recipe import Offload
 from bernini.training.stages import make_stage
 from bernini.training.trainer import LOG, MODEL, Progress, Trainer
 
@@ -121,6 +122,24 @@ def test_recompute_changes_nothing(model: Path, features: Path, tmp_path: Path) 
     run(recipe)
     run(replace(recipe, recompute=True, output=str(tmp_path / "again")))
     assert losses_of(tmp_path / "kept") == losses_of(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("stage", "policy"), [("renderer", "all"), ("planner", "hidden"), ("joint", "hidden+attention")]
+)
+def test_offload_changes_nothing(
+    stage: str, policy: str, model: Path, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "LEAST", 1024)
+    recompute = policy != "all"
+    recipe = small.recipe(stage, model, tmp_path / "kept", features, steps=3, recompute=recompute)
+    run(recipe)
+    away = replace(recipe, offload=Offload(policy, host_gib=0.1), output=str(tmp_path / "away"))  # type: ignore[arg-type]
+    trainer = run(away)
+    assert_same(tmp_path / "kept", tmp_path / "away")
+    counts = [offload.counts for offload in trainer.stage._keeping._offloads.values()]  # type: ignore[attr-defined]
+    assert len(counts) == (2 if stage == "joint" else 1)
+    assert all(count.offloaded > 0 and count.reloaded > 0 for count in counts)
 
 
 def test_micro_batches_are_one_batch(model: Path, features: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ were not masked. Autoencoder and vision tower stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +16,22 @@ from ...data.example import Example
 from ...data.mixture import Mixture
 from ...parallel.fsdp import Groups
 from ...parallel.mesh import Mesh, alone
+from ...parallel.policy import Policy
 from ...parallel.share import Share
+from ...parallel.workload import Sizes
 from ...planner.training import forward
 from ...renderer.model import KEEP_IN_FP32
+from ..batches import Batches
 from ..draws import uniform
 from ..export import Writer
 from ..feed import Feed
 from ..groups import planner_groups, renderer_groups, text_groups
-from ..models import Models, recompute
+from ..keeping import Keeping
+from ..models import Models
 from ..recipe import Recipe
-from ..stage import Micro, portion, taken
+from ..stage import Micro, taken
 from ..texts import full_prompt, text_states
+from ..work import counted
 from .planner import KINDS, Content, PlannerDraws, planner_losses
 from .renderer import Item, LatentDraws, dit_losses
 
@@ -46,18 +51,23 @@ class JointStage:
     def __init__(self, recipe: Recipe, models: Models, mixture: Mixture, mesh: Mesh | None = None) -> None:
         assert models.renderer is not None and models.planner is not None and models.text is not None
         self._recipe, self.geometry, self._mesh = recipe, models.geometry, mesh or alone()
-        self._share = Share(self._mesh.sequence)
+        self._share = Share(self._mesh.sequence, policy=Policy(self._recipe.swap))
         self.renderer, self.planner, self.text = models.renderer.model, models.planner.model, models.text
         self.planner.visual.requires_grad_(False)
         self.parts: Mapping[str, nn.Module] = {"planner": self.planner, "renderer": self.renderer}
         if recipe.train_text_encoder:
             self.parts = {**self.parts, "text_encoder": self.text.encoder.model.requires_grad_(True)}
-        if recipe.recompute:
-            recompute(self.planner.text.layers)
-            recompute(self.renderer.blocks)
+        layers = self.planner.text.layers  # the last one is for answers
+        self._keeping = Keeping(recipe, planner=layers[:-1], renderer=self.renderer.blocks, sometimes=layers[-1:])
         self.weights = {"text": recipe.loss.text, "visual": recipe.loss.visual, "dit": recipe.loss.dit}
         self.talks, self.latents = PlannerDraws(recipe, models.planner), LatentDraws(recipe, models)
-        self._feed = Feed(recipe, mixture, self._cost, self._usable)
+        self.batches = Batches(
+            recipe, Feed(recipe, mixture, self._cost, self._usable), self._mesh,
+            kinds=KINDS, counts=self._counts, sizes=self._sizes,
+            workload=counted(
+                self.renderer.config, self.planner.text.config, again=recipe.recompute
+            ),
+        )  # fmt: skip
 
     def groups(self) -> Groups:
         text = text_groups(self.text.encoder.model, trained=self._recipe.train_text_encoder)
@@ -73,27 +83,39 @@ class JointStage:
     def _cost(self, example: Example) -> tuple[int, int]:
         return 0 if example.target is None else self.latents.cost(example)[0], self.talks.cost(example)[1]
 
+    def _sizes(self, example: Example) -> Sizes:
+        """The renderer reads its text and about all that the planner read."""
+        drawn, talk = self._cost(example)
+        return Sizes(drawn, self.text.encoder.tokens + talk if drawn else 0, talk)
+
+    def _counts(self, examples: Sequence[Example]) -> dict[str, float]:
+        counts = self.talks.counts(examples)
+        return counts | ({"dit": counts["visual"]} if "visual" in counts else {})
+
     def micro(self, step: int, number: int) -> Micro:
-        picked = self._feed.pick(step, number)
-        own, real = portion(picked.examples, self._mesh, KINDS, lambda example: sum(self._cost(example)))
-        talk = self.talks.content(own, step)
-        made = [example for example in talk.examples if example.target is not None]
+        portion = self.batches.portion(step, number)
+        steps = [drawn.step for drawn in portion.own]
+        talk = self.talks.content([drawn.example for drawn in portion.own], steps)
+        made = [
+            (example, step) for example, step in zip(talk.examples, steps, strict=True) if example.target is not None
+        ]
         items = tuple(
             Item(example, full_prompt(example.task, example.prompt), self.latents.sample(example, step))
-            for example in made
+            for example, step in made
         )
         seed, rate = self._recipe.seed, self._recipe.dropout.plan
-        planned = tuple(uniform(seed, example.key, step, "plan") >= rate for example in made)
-        counts = self.talks.counts(picked.examples)
-        counts |= {"dit": counts["visual"]} if "visual" in counts else {}
-        tokens = talk.batch.layout.cu_seqlens[real] + sum(self._cost(example)[0] for example in talk.examples[:real])
-        keys = tuple(example.key for example in picked.examples)
-        return Micro(Both(talk, items, planned), counts, tokens, keys, picked.skipped, real)
+        planned = tuple(uniform(seed, example.key, step, "plan") >= rate for example, step in made)
+        real = talk.examples[: portion.real]
+        tokens = talk.batch.layout.cu_seqlens[portion.real] + sum(self._cost(example)[0] for example in real)
+        counts = self._counts([drawn.example for drawn in portion.examples])
+        return Micro.of(portion, Both(talk, items, planned), counts, tokens)
 
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
         both: Both = micro.content
-        outputs = forward(self.planner, both.talk.batch, both.talk.draws, share=self._share)
-        real = taken(micro.real, self._share, both.talk.batch.layout.tokens)
+        share = micro.share or self._share
+        with self._keeping("planner"):
+            outputs = forward(self.planner, both.talk.batch, both.talk.draws, share=share)
+        real = taken(micro.real, share, both.talk.batch.layout.tokens)
         found = planner_losses(self.planner, outputs, real)
         if both.items:
             states = text_states(self.text.encoder, [item.text for item in both.items])
@@ -103,7 +125,8 @@ class JointStage:
                 read = plan if planned or given is None else plan[given.nonzero().flatten().to(plan.device)]
                 contexts.append(self.text.encoder.context(own, read.to(own.dtype)))
             real = sum(example.target is not None for example in both.talk.examples[: micro.real])
-            found["dit"] = dit_losses(self.renderer, both.items, contexts, real, self._share)
+            with self._keeping("renderer"):
+                found["dit"] = dit_losses(self.renderer, both.items, contexts, real, share)
         return found
 
     def samples(self, folder: Path, step: int, model: Path) -> None:

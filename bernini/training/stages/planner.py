@@ -16,17 +16,21 @@ from ...data.mixture import Mixture
 from ...parallel.fsdp import Groups
 from ...parallel.mesh import Mesh, alone
 from ...parallel.share import Share
+from ...parallel.workload import Sizes
 from ...planner.model import Planner
 from ...planner.training import Batch, Draws, Outputs, draw, forward, pack
+from ..batches import Batches, Kind
 from ..conversations import sample
 from ..draws import generator
 from ..export import Writer
 from ..feed import Feed, dropped
 from ..groups import planner_groups
+from ..keeping import Keeping
 from ..losses import decoder_losses, next_token_losses
-from ..models import Models, TrainedPlanner, recompute
+from ..models import Models, TrainedPlanner
 from ..recipe import Recipe
-from ..stage import Kind, Micro, portion, taken
+from ..stage import Micro, taken
+from ..work import counted
 
 KINDS: tuple[Kind, ...] = (lambda example: example.answer is not None, lambda example: example.target is not None)
 
@@ -51,10 +55,14 @@ class PlannerStage:
         self.planner.connector.proj_gen.requires_grad_(False)
         self.talks = PlannerDraws(recipe, models.planner)
         self.parts: Mapping[str, nn.Module] = {"planner": self.planner}
-        if recipe.recompute:
-            recompute(self.planner.text.layers)
+        layers = self.planner.text.layers  # the last one is for answers
+        self._keeping = Keeping(recipe, planner=layers[:-1], sometimes=layers[-1:])
         self.weights = {"text": recipe.loss.text, "visual": recipe.loss.visual}
-        self._feed = Feed(recipe, mixture, self.talks.cost, self.talks.usable)
+        self.batches = Batches(
+            recipe, Feed(recipe, mixture, self.talks.cost, self.talks.usable), self._mesh,
+            kinds=KINDS, counts=self.talks.counts, sizes=lambda example: Sizes(planner=self.talks.cost(example)[1]),
+            workload=counted(None, self.planner.text.config, again=recipe.recompute),
+        )  # fmt: skip
 
     def groups(self) -> Groups:
         return planner_groups(self.planner)
@@ -63,16 +71,17 @@ class PlannerStage:
         return False
 
     def micro(self, step: int, number: int) -> Micro:
-        picked = self._feed.pick(step, number)
-        own, real = portion(picked.examples, self._mesh, KINDS, lambda example: self.talks.cost(example)[1])
-        content = self.talks.content(own, step)
-        keys, counts = tuple(example.key for example in picked.examples), self.talks.counts(picked.examples)
-        return Micro(content, counts, content.batch.layout.cu_seqlens[real], keys, picked.skipped, real)
+        portion = self.batches.portion(step, number)
+        content = self.talks.content([drawn.example for drawn in portion.own], [drawn.step for drawn in portion.own])
+        counts = self.talks.counts([drawn.example for drawn in portion.examples])
+        return Micro.of(portion, content, counts, content.batch.layout.cu_seqlens[portion.real])
 
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
         content: Content = micro.content
-        outputs = forward(self.planner, content.batch, content.draws, contexts=False, share=self._share)
-        return planner_losses(self.planner, outputs, taken(micro.real, self._share, content.batch.layout.tokens))
+        share = micro.share or self._share
+        with self._keeping("planner"):
+            outputs = forward(self.planner, content.batch, content.draws, contexts=False, share=share)
+        return planner_losses(self.planner, outputs, taken(micro.real, share, content.batch.layout.tokens))
 
     def samples(self, folder: Path, step: int, model: Path) -> None:
         from ..pictures import write_samples
@@ -109,10 +118,15 @@ class PlannerDraws:
         """(0, tokens of the conversation)."""
         return 0, len(sample(self._opened.template, example, end=self._opened.end).conversation.ids)
 
-    def content(self, examples: tuple[Example, ...], step: int) -> Content:
-        shown = tuple(dropped(self._recipe, example, step) for example in examples)
+    def content(self, examples: Sequence[Example], steps: int | Sequence[int]) -> Content:
+        """Draws everything for examples at a step, or each at its own."""
+        if isinstance(steps, int):
+            steps = [steps] * len(examples)
+        shown = tuple(dropped(self._recipe, example, step) for example, step in zip(examples, steps, strict=True))
         batch = pack([sample(self._opened.template, example, end=self._opened.end) for example in shown])
-        seeds = [generator(self._recipe.seed, example.key, step, "mask") for example in shown]
+        seeds = [
+            generator(self._recipe.seed, example.key, step, "mask") for example, step in zip(shown, steps, strict=True)
+        ]
         return Content(shown, batch, draw(batch, self._width, seeds, copies=self._recipe.copies))
 
     def counts(self, examples: Sequence[Example]) -> dict[str, float]:

@@ -13,19 +13,24 @@ from ...data.example import Example, Features
 from ...data.mixture import Mixture
 from ...parallel.fsdp import Groups
 from ...parallel.mesh import Mesh, alone
+from ...parallel.policy import Policy
 from ...parallel.share import ALONE, Share
+from ...parallel.workload import Sizes
 from ...renderer.latents import patch_grid
 from ...renderer.model import KEEP_IN_FP32, Renderer
+from ..batches import Batches
 from ..draws import generator
 from ..export import Writer
 from ..feed import Feed, dropped
 from ..flow import RendererSample, pack_renderer, renderer_losses, sample_latent
 from ..groups import renderer_groups, text_groups
-from ..models import Models, recompute
+from ..keeping import Keeping
+from ..models import Models
 from ..noise import expert_range, timesteps_for
 from ..recipe import Recipe
-from ..stage import Micro, portion, taken
+from ..stage import Micro, taken
 from ..texts import full_prompt, text_states
+from ..work import counted
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,22 @@ class RendererStage:
     def __init__(self, recipe: Recipe, models: Models, mixture: Mixture, mesh: Mesh | None = None) -> None:
         assert models.renderer is not None and models.text is not None
         self._recipe, self.geometry, self._mesh = recipe, models.geometry, mesh or alone()
-        self._share = Share(self._mesh.sequence)
+        self._share = Share(self._mesh.sequence, policy=Policy(self._recipe.swap))
         self.renderer, self.text = models.renderer.model, models.text
         self.latents = LatentDraws(recipe, models)
         self.parts: Mapping[str, nn.Module] = {"renderer": self.renderer}
         if recipe.train_text_encoder:
             self.parts = {**self.parts, "text_encoder": self.text.encoder.model.requires_grad_(True)}
-        if recipe.recompute:
-            recompute(self.renderer.blocks)
+        self._keeping = Keeping(recipe, renderer=self.renderer.blocks)
         self.weights = {"dit": recipe.loss.dit}
-        self._feed = Feed(recipe, mixture, self.latents.cost, self.latents.usable)
+        self.batches = Batches(
+            recipe, Feed(recipe, mixture, self.latents.cost, self.latents.usable), self._mesh,
+            kinds=(), counts=_counts, sizes=self._sizes,
+            workload=counted(self.renderer.config, None, again=recipe.recompute),
+        )  # fmt: skip
+
+    def _sizes(self, example: Example) -> Sizes:
+        return Sizes(renderer=self.latents.cost(example)[0], context=self.text.encoder.tokens)
 
     def groups(self) -> Groups:
         text = text_groups(self.text.encoder.model, trained=self._recipe.train_text_encoder)
@@ -62,18 +73,17 @@ class RendererStage:
         return any(part in KEEP_IN_FP32 for part in name.split("."))
 
     def micro(self, step: int, number: int) -> Micro:
-        picked = self._feed.pick(step, number)
-        own, real = portion(picked.examples, self._mesh, (), lambda example: self.latents.cost(example)[0])
-        items = [self.latents.item(example, step) for example in own]
-        tokens = sum(self.latents.cost(example)[0] for example in own[:real])
-        keys = tuple(example.key for example in picked.examples)
-        return Micro(items, {"dit": float(len(keys))}, tokens, keys, picked.skipped, real)
+        portion = self.batches.portion(step, number)
+        items = [self.latents.item(drawn.example, drawn.step) for drawn in portion.own]
+        tokens = sum(self.latents.cost(drawn.example)[0] for drawn in portion.own[: portion.real])
+        return Micro.of(portion, items, _counts([drawn.example for drawn in portion.examples]), tokens)
 
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
         items: Sequence[Item] = micro.content
         states = text_states(self.text.encoder, [item.text for item in items])
         contexts = [self.text.encoder.context(rows) for rows in states]
-        return {"dit": dit_losses(self.renderer, items, contexts, micro.real, self._share)}
+        with self._keeping("renderer"):
+            return {"dit": dit_losses(self.renderer, items, contexts, micro.real, micro.share or self._share)}
 
     def samples(self, folder: Path, step: int, model: Path) -> None:
         from ..pictures import write_samples
@@ -91,6 +101,10 @@ def dit_losses(
     samples = [replace(item.sample, context=context) for item, context in zip(items, contexts, strict=True)]
     batch = pack_renderer(samples, renderer.config.patch_size, share).to(renderer.device)
     return renderer_losses(renderer, batch, share)[: taken(real, share, batch.layout.tokens)].sum()
+
+
+def _counts(examples: Sequence[Example]) -> dict[str, float]:
+    return {"dit": float(len(examples))}
 
 
 class LatentDraws:

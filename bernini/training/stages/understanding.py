@@ -5,6 +5,7 @@ The released planner starts from Qwen2.5-VL, which has learned this already; a t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from ...data.mixture import Mixture
 from ...parallel.fsdp import Groups
 from ...parallel.mesh import Mesh, alone
 from ...parallel.share import ALONE, Share
+from ...parallel.workload import Sizes
 from ...planner.model import Planner
 from ...planner.training import Batch, NextTokens, draw, forward, pack
 from ...planner.training import Sample as PlannerSample
+from ..batches import Batches
 from ..conversations import conversation
 from ..export import Writer
 from ..feed import Feed
@@ -27,7 +30,11 @@ from ..groups import planner_groups
 from ..losses import next_token_losses
 from ..models import Models, open_trained_planner
 from ..recipe import Recipe
-from ..stage import Micro, portion, taken
+from ..stage import Micro, taken
+from ..work import counted
+
+LETTERS = 4
+"""Of a token, about."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,11 @@ class UnderstandingStage:
         self.planner.mask_tokens.requires_grad_(False)
         self.parts: Mapping[str, nn.Module] = {"planner": self.planner}
         self.weights = {"text": 1.0}
-        self._feed = Feed(recipe, mixture, cost=lambda example: (0, 0), usable=_usable)
+        self.batches = Batches(
+            recipe, Feed(recipe, mixture, cost=lambda example: (0, 0), usable=_usable), self._mesh,
+            kinds=(lambda example: bool(example.sources),), counts=_counts, sizes=self._sizes,
+            workload=counted(None, self.planner.text.config, again=False),
+        )  # fmt: skip
 
     def groups(self) -> Groups:
         return planner_groups(self.planner)
@@ -59,21 +70,31 @@ class UnderstandingStage:
         return False
 
     def micro(self, step: int, number: int) -> Micro:
-        picked = self._feed.pick(step, number)
-        own, real = portion(picked.examples, self._mesh, (lambda example: bool(example.sources),), _values)
-        content, keys = self._content(own), tuple(example.key for example in picked.examples)
-        tokens = content.batch.layout.cu_seqlens[real]
-        return Micro(content, {"text": float(len(keys))}, tokens, keys, picked.skipped, real)
+        portion = self.batches.portion(step, number)
+        content = self._content([drawn.example for drawn in portion.own])
+        counts = _counts([drawn.example for drawn in portion.examples])
+        return Micro.of(portion, content, counts, content.batch.layout.cu_seqlens[portion.real])
+
+    def _sizes(self, example: Example) -> Sizes:
+        """Words are estimated from letters: they are not cut into tokens before they are needed."""
+        tokens = len(example.prompt + (example.answer or "")) / LETTERS
+        for source in example.sources:
+            assert source.pixels is not None
+            grid = self._rules.visual(source.kind, len(self._frames(source)), *source.pixels.shape[1:3]).grid
+            tokens += math.prod(grid)
+        return Sizes(planner=round(tokens))
+
+    def _frames(self, source: Features) -> Tensor:
+        """What of a picture is seen."""
+        assert source.pixels is not None
+        return self.geometry.seen(source.pixels, self.geometry.fps) if source.kind == "video" else source.pixels
 
     def _content(self, examples: Sequence[Example]) -> Content:
         samples, patches, grids = [], [], []
         for example in examples:
             seen = []
             for source in example.sources:
-                assert source.pixels is not None
-                moving = source.kind == "video"
-                frames = self.geometry.seen(source.pixels, self.geometry.fps) if moving else source.pixels
-                rows, grid = self._rules.patches(frames)
+                rows, grid = self._rules.patches(self._frames(source))
                 merged = (grid[0], grid[1] // self._rules.merge, grid[2] // self._rules.merge)
                 patches.append(rows)
                 grids.append(grid)
@@ -85,13 +106,14 @@ class UnderstandingStage:
         return Content(batch, torch.cat(patches) if patches else None, tuple(grids))
 
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
-        answers = _answers(self.planner, micro.content, self._share)
-        real = taken(micro.real, self._share, micro.content.batch.layout.tokens)
+        share = micro.share or self._share
+        answers = _answers(self.planner, micro.content, share)
+        real = taken(micro.real, share, micro.content.batch.layout.tokens)
         return {"text": next_token_losses(answers)[:real].sum()}
 
     def samples(self, folder: Path, step: int, model: Path) -> None:
         """Questions of the first batch, their answers, and what the model answers when it is told the words before."""
-        examples = self._feed.pick(0, 0).examples
+        examples = self.batches.feed.pick(0, 0).examples
         with torch.no_grad():
             text = _answers(open_trained_planner(model).model, self._content(examples))
         guessed, right = text.logits.argmax(1), text.labels
@@ -117,9 +139,8 @@ def _answers(planner: Planner, content: Content, share: Share = ALONE) -> NextTo
     return text
 
 
-def _values(example: Example) -> int:
-    """How much there is to see."""
-    return sum(source.pixels.numel() for source in example.sources if source.pixels is not None)
+def _counts(examples: Sequence[Example]) -> dict[str, float]:
+    return {"text": float(len(examples))}
 
 
 def _usable(example: Example) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,14 +17,19 @@ from ...data.mixture import Mixture
 from ...media import from_model, to_model
 from ...parallel.fsdp import Groups
 from ...parallel.mesh import Mesh, alone
+from ...parallel.workload import Sizes
 from ...weights import read_json, write_json
+from ..batches import Batches, Drawn
 from ..draws import generator
 from ..export import Writer
 from ..feed import Feed
 from ..models import QUALITY, Models
 from ..recipe import Recipe
-from ..stage import Micro, portion
+from ..stage import Micro
+from ..work import counted
 
+FLOPS = 1e5
+"""Of each value of a picture, about; but one term is to be fitted, so it does not matter."""
 MEASURED = 256
 """Videos that are looked at in the end."""
 
@@ -36,44 +41,52 @@ class VaeStage:
         self._recipe, self._mesh, self.model = recipe, mesh or alone(), models.vae
         self.parts: Mapping[str, nn.Module] = {"vae": self.model}
         self.weights = {"pixels": recipe.loss.pixels, "squares": recipe.loss.squares, "kl": recipe.loss.kl}
-        self._feed = Feed(recipe, mixture, _frames, usable=_usable)
+        self.batches = Batches(
+            recipe, Feed(recipe, mixture, _frames, usable=_usable), self._mesh,
+            kinds=(_moves,), counts=self._counts, sizes=_sizes, splits=False, distinct=True,
+            workload=counted(None, None, again=False, latent=FLOPS),
+        )  # fmt: skip
 
     def keep_wide(self, name: str) -> bool:
         return False
 
     def micro(self, step: int, number: int) -> Micro:
-        picked = self._feed.pick(step, number)
-        once = {example.key: example for example in picked.examples}
-        own, real = portion(list(once.values()), self._mesh, (_moves,), lambda example: _frames(example)[0])
-        pixels = {example.key: _target(example.target) for example in own}
-        frames = sum(x.shape[1] for x in list(pixels.values())[:real])
-        return Micro(pixels, dict.fromkeys(self.weights, float(len(once))), frames, tuple(once), picked.skipped, real)
+        portion = self.batches.portion(step, number)
+        pixels = [(drawn, _target(drawn.example.target)) for drawn in portion.own]
+        frames = sum(len(x[0]) for _, x in pixels[: portion.real])
+        return Micro.of(portion, pixels, self._counts([drawn.example for drawn in portion.examples]), frames)
+
+    def _counts(self, examples: Sequence[Example]) -> dict[str, float]:
+        return dict.fromkeys(self.weights, float(len(examples)))
 
     def _pixels(self, step: int) -> dict[str, Tensor]:
         """Of all examples of a step's first micro-batch."""
-        return {example.key: _target(example.target) for example in self._feed.pick(step, 0).examples}
+        return {example.key: _target(example.target) for example in self.batches.feed.pick(step, 0).examples}
 
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
+        content: Sequence[tuple[Drawn, Tensor]] = micro.content
         sums: dict[str, list[Tensor]] = defaultdict(list)
-        shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        shapes: dict[tuple[int, ...], list[int]] = defaultdict(list)
         # Frames are not cut: of ranks with the same sequences the first one takes the losses.
-        real = set(list(micro.content)[: 0 if self._mesh.sequence.rank else micro.real])
-        for key, pixels in micro.content.items():
-            shapes[tuple(pixels.shape)].append(key)
-        for keys in shapes.values():
-            count = len(real.intersection(keys))  # they come before dummies
-            clean = torch.stack([micro.content[key] for key in keys]).to(self.model.device, self.model.dtype)
+        real = 0 if self._mesh.sequence.rank else micro.real
+        for number, (_, pixels) in enumerate(content):
+            shapes[tuple(pixels.shape)].append(number)
+        for numbers in shapes.values():
+            count = sum(number < real for number in numbers)  # they come before dummies
+            clean = torch.stack([content[number][1] for number in numbers]).to(self.model.device, self.model.dtype)
             posterior = self.model.encode(clean).latent_dist
             noise = torch.stack(
-                [torch.randn(posterior.mean.shape[1:], generator=generator(self._recipe.seed, key, step, "posterior"))
-                 for key in keys]
-            )  # fmt: skip
+                [torch.randn(posterior.mean.shape[1:], generator=self._draws(content[number][0])) for number in numbers]
+            )
             latent = posterior.mean + posterior.std * noise.to(posterior.mean)
             error = (self.model.decode(latent).sample - clean).flatten(1)[:count]
             sums["pixels"].append(error.abs().mean(1).sum())
             sums["squares"].append(error.square().mean(1).sum())
             sums["kl"].append(posterior.kl()[:count].sum() / posterior.mean[0].numel())
         return {name: torch.stack(parts).sum() for name, parts in sums.items()}
+
+    def _draws(self, drawn: Drawn) -> torch.Generator:
+        return generator(self._recipe.seed, drawn.example.key, drawn.step, "posterior")
 
     def samples(self, folder: Path, step: int, model: Path) -> None:
         """A few videos above their reconstructions."""
@@ -120,6 +133,12 @@ def _frames(example: Example) -> tuple[int, int]:
     """What the budget of the renderer's tokens counts here."""
     assert example.target is not None and example.target.pixels is not None
     return len(example.target.pixels), 0
+
+
+def _sizes(example: Example) -> Sizes:
+    """Its values in place of tokens."""
+    assert example.target is not None and example.target.pixels is not None
+    return Sizes(latent=example.target.pixels.numel())
 
 
 def _moves(example: Example) -> bool:

@@ -42,6 +42,7 @@ def trainer_of(job: dict[str, Any], mesh: Any) -> Any:
     if recipe.precision == "fp64" and not recipe.train_text_encoder and hasattr(stage, "text"):
         stage.text.encoder.model.double()  # in float32 its states are rounded by what is packed together
     stage._share = Share(mesh.sequence, least=1)  # these sequences are too short to be cut
+    stage.batches.least = 1
     return Trainer(recipe, stage, mesh=mesh)
 
 
@@ -62,7 +63,7 @@ def gradients(job: dict[str, Any], mesh: Any) -> None:
     trainer = trainer_of(job, mesh)
     stage: Any = trainer.stage
     if job["stage"] in ("vae", "understanding"):
-        examples = [e for number in range(4) for e in stage._feed.pick(0, number).examples]
+        examples = [e for number in range(4) for e in stage.batches.feed.pick(0, number).examples]
         examples = list({example.key: example for example in examples}.values())
     else:
         data = ParquetData(job["features"])
@@ -72,7 +73,7 @@ def gradients(job: dict[str, Any], mesh: Any) -> None:
         def pick(self, step: int, number: int) -> Picked:
             return Picked(tuple(examples[place] for place in packing[number]), ())
 
-    stage._feed = Chosen()
+    stage.batches.feed = Chosen()
     weights = trainer.weights
     start = {name: master.detach().clone() for name, master in weights.masters.items()}
     for name, packing in job["packings"].items():
