@@ -170,7 +170,7 @@ def sent() -> int:
 
 
 def processes() -> tuple[float, float] | None:
-    """As :func:`bench_perf.harness.cpu_seconds`, without what the kernel does for the link: nobody's process is that."""
+    """As :func:`bench_perf.harness.cpu_seconds`, without the kernel's work for the link, which is no process."""
     found = cpu_seconds()
     if found is None:
         return None
