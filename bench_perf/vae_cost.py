@@ -201,8 +201,11 @@ def makespan(tables: Sequence[Sequence[Event]], cost: dict[Key, float], link: Li
     return max(clocks)
 
 
-def bound(tables: Sequence[Sequence[Event]], cost: dict[Key, float]) -> float:
-    """Seconds if every layer's frames were dealt out as evenly as whole frames can be, and nothing were ever sent."""
+def in_step(tables: Sequence[Sequence[Event]], cost: dict[Key, float]) -> float:
+    """Seconds if every layer's frames were dealt out as evenly as whole frames can be and nothing were ever sent, but
+    all ranks ended each layer together. Ranks that do not wait can be faster: who has more in one layer has less in
+    another.
+    """
     frames: dict[Key, int] = defaultdict(int)
     for event in (event for table in tables for event in table):
         if isinstance(event, Work):

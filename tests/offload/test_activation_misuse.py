@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -176,6 +177,15 @@ def test_exceptions(where: str) -> None:
         assert same(gradients(model, run, model.x), wanted)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_interrupted_copy(where: str) -> None:
     """Ctrl-C while the compute waits for a copy: everything is given back, and the next step is right."""

@@ -202,7 +202,7 @@ def test_examples_that_several_ranks_share(kind: str, opened: Any) -> None:
     for size in (2, 3, 4):
         batches = own.stage(at(0, size), **few).batches
         batches.least = 1
-        assert size == 2 or any(placed.ranks > 1 for placed in batches._plans(0)), size
+        assert size < 4 or any(placed.ranks > 1 for placed in batches._plans(0)), size
         assert error(own.window(size, 1, **few)[1], want) < 1e-10, size
 
 
