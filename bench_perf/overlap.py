@@ -7,7 +7,8 @@ as long. Computing alone is measured with a group that sends nothing, and the ex
 Nothing can be faster than the longer of the two, and packed takes their sum: their ratio is the bound that is told.
 
 A round's time is that of the slower process, and the best of many rounds counts: gloo's exchanges are bimodal (facts on
-practice). The policy measures by itself, and its regret is what the others' rounds say about its choice.
+practice). The policy measures by itself, and its regret is what these rounds say about its choice; where they scatter
+too much to say it, nothing is judged.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ TOKENS, HEADS, DIM = 384, 12, 128
 SHAPE = f"{TOKENS} tokens x {HEADS * DIM}, {HEADS} heads, 2 ranks, forward and backward"
 RATES = {"cheap": 0.1, "comparable": 1.0, "dear": 2.0}
 """How long the transfers of a layer take, in times of its computing."""
-ROUNDS, FEW = 20, 8
+ROUNDS, FEW = 15, 8
 BAR, REGRET = 1.15, 1.0  # times faster; percent
 WAYS = ("packed", "async", "chunk")
 
@@ -102,8 +103,8 @@ class Layer:
             self.product()
         pending.wait()
 
-    def timed(self, calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-        """Seconds of each, by the slower rank in the best round; in turns, after a round that does not count."""
+    def timed(self, calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+        """Seconds of each in every round, by the slower rank; in turns, after a round that does not count."""
         own: list[dict[str, float]] = []
         for number in range(rounds + 1):
             times, names = {}, list(calls)
@@ -114,7 +115,7 @@ class Layer:
                 times[name] = time.perf_counter() - start
             own.append(times)
         rounds_told = list(zip(*self.group.tell(own[1:]), strict=True))
-        return {name: min(max(one[name] for one in ranks) for ranks in rounds_told) for name in calls}
+        return {name: [max(one[name] for one in ranks) for ranks in rounds_told] for name in calls}
 
 
 def rank_main(rank: int, folder: str) -> None:
@@ -123,7 +124,7 @@ def rank_main(rank: int, folder: str) -> None:
     import torch.distributed as dist
 
     from bernini.parallel.group import Processes
-    from bernini.parallel.policy import Policy, chosen
+    from bernini.parallel.policy import Policy
 
     torch.set_num_threads(1)
     link.answer("here")
@@ -156,7 +157,7 @@ def rank_main(rank: int, folder: str) -> None:
             layer.by(policy, layer.group)
             took = time.perf_counter() - start
             (found,) = policy.found.values()
-            link.answer({"chosen": chosen(found.seconds), "took": took, "seconds": found.seconds})
+            link.answer({"chosen": found.choice, "took": took, "seconds": found.seconds})
     if layer is not None:
         dist.destroy_process_group()
 
@@ -189,7 +190,7 @@ def direct(folder: str) -> None:
         pair.answers()
         pair.connect()
         pair.ask("meet")
-        compute = pair.ask("compute", FEW)[0]["compute"]
+        compute = min(pair.ask("compute", FEW)[0]["compute"])
         found["compute"] = compute
         found["same"] = all(map(all, pair.ask("same")))
         for name, times in RATES.items():
@@ -207,7 +208,8 @@ def rows(found: Mapping[str, Any]) -> list[Row]:
     unfit = found["unfit"] if found["same"] else "the ways do not give the same bits"
     case: dict[str, Any] = {"shape": SHAPE, "dtype": "float32", "unfit": unfit}
     for name in RATES:
-        one, layer = found[name], found[name]["layer"]
+        one, rounds = found[name], found[name]["layer"]
+        layer = {way: min(times) for way, times in rounds.items()}
         transfer = layer["exchanges"]
         bound = (compute + transfer) / max(compute, transfer)
         about = (
@@ -222,15 +224,19 @@ def rows(found: Mapping[str, Any]) -> list[Row]:
             for way in WAYS[1:]
         ]  # fmt: skip
         policy = one["policy"]
-        best = min(layer[way] for way in WAYS)
+        lost, scatter = regret(rounds, policy["chosen"])
+        doubt = (
+            f"{lost:.1f} % with an error of {scatter:.1f} says nothing" if lost - 2 * scatter < REGRET < lost else None
+        )
         measured = ", ".join(f"{way} {seconds * 1e3:.0f}" for way, seconds in policy["seconds"].items())
         out.append(
             judged(
-                f"{name} link: regret of the policy", 100 * (layer[policy["chosen"]] / best - 1), unit="%", bar=REGRET,
-                note=f"chose {policy['chosen']} after {policy['took']:.1f} s ({measured} ms)", **case,
+                f"{name} link: regret of the policy", lost, unit="%", bar=REGRET,
+                note=f"+- {scatter:.1f} %; chose {policy['chosen']} after {policy['took']:.1f} s ({measured} ms)",
+                **{**case, "unfit": unfit or doubt},
             )
         )  # fmt: skip
-        flight = one["flight"]
+        flight = {side: min(times) for side, times in one["flight"].items()}
         out.append(
             judged(
                 f"{name} link: a message beside a product", flight["both"] * 1e3,
@@ -240,6 +246,19 @@ def rows(found: Mapping[str, Any]) -> list[Row]:
             )
         )  # fmt: skip
     return out
+
+
+def regret(rounds: Mapping[str, Sequence[float]], chosen: str) -> tuple[float, float]:
+    """(what the choice loses to the best, its standard error), in percent, by medians over rounds of the quotients.
+
+    What slows the machine down for a while slows all of a round, so quotients scatter half as much as minima do.
+    """
+    from bernini.parallel.policy import middle
+
+    return max(
+        middle([100 * (one / other - 1) for one, other in zip(rounds[chosen], rounds[way], strict=True)])
+        for way in WAYS
+    )
 
 
 def run() -> list[Row]:

@@ -2,9 +2,11 @@
 
 All of them give the same bits (:mod:`bernini.parallel.overlap`), so a layer is simply run by each, forward and, where
 gradients are wanted, backward, a few times in turns before it is run for real. A round's time is that of its slowest
-rank, a variant's that of its best round. Rounds go on until some more of them change neither the choice nor the best
-times, or :data:`BUDGET` is spent. From packed to async to chunk, the next is taken only if it gains more than
-:data:`GAIN`: so what is chosen loses no more than that to packed, nor to the best.
+rank, and what counts is the median over the rounds of how many times packed's that is: what slows a machine down for a
+while slows both, and gloo's slow exchanges are few. Rounds go on until some more of them change neither the choice nor
+the medians, or :data:`BUDGET` is spent. From packed to async to chunk, the next is taken only if it gains more than
+:data:`GAIN`, and that beyond the error of its median: so what is chosen loses no more than that to packed, and as far
+as can be told no more to the best. In doubt it is packed.
 
 What is measured is kept for a group, a device, and shapes that are alike: tokens and keys per query within a factor of
 :data:`ALIKE`. All ranks know the same numbers, so they ask, measure and choose at the same time.
@@ -16,10 +18,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import pairwise
-from math import inf, log
-from typing import Any, Literal, NamedTuple, get_args
+from math import log
+from statistics import median
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,23 +42,49 @@ GAIN = 0.01
 """Share of a simpler one's time that another one has to save."""
 ROUNDS = (3, 8)
 """Rounds that are made before ranks tell each other their times, and how often they do at most."""
-SETTLED = 0.005
-"""Share that no best time fell by in the last rounds."""
+SETTLED = 0.01
+"""Share that no median changed by in the last rounds."""
 BUDGET = 20.0
 """Seconds after which a choice has to do."""
 ALIKE = 2**0.5
 """Shapes whose numbers differ less are taken for one."""
 
 
-class Measured(NamedTuple):
+@dataclass(frozen=True)
+class Measured:
     """
     Args:
         group: of the ranks that measured.
-        seconds: of each variant, by its slowest rank in its best round.
+        rounds: seconds of each variant, by the slowest rank.
     """
 
     group: Group
-    seconds: dict[Variant, float]
+    rounds: Sequence[Mapping[Variant, float]]
+
+    @cached_property
+    def seconds(self) -> dict[Variant, float]:
+        """Of each: packed's median, times the median of how many times packed's it took in a round."""
+        packed = median(times["packed"] for times in self.rounds)
+        return {name: packed * self._against(name, "packed")[0] for name in self.rounds[0]}
+
+    @cached_property
+    def choice(self) -> Variant:
+        """The simplest that, as far as can be told, loses no more than :data:`GAIN` to any other."""
+        found: Variant = "packed"
+        for variant in self.rounds[0]:
+            quotient, error = self._against(variant, found)
+            if quotient + 2 * error < 1 - GAIN:
+                found = variant
+        return found
+
+    def _against(self, one: Variant, other: Variant) -> tuple[float, float]:
+        return middle([times[one] / times[other] for times in self.rounds])
+
+
+def middle(values: Sequence[float]) -> tuple[float, float]:
+    """(their median, its standard error): 1.25 times that of a mean, and the deviation 1.48 times the median one."""
+    found = median(values)
+    return found, 1.25 * 1.48 * median(abs(value - found) for value in values) / len(values) ** 0.5
 
 
 class Policy:
@@ -101,27 +131,27 @@ class Policy:
         )  # fmt: skip
         if key not in self.found:
             self.found[key] = self._measured(swap.group, VARIANTS if chunks > 1 else VARIANTS[:-1], x_TN, by)
-        return chosen(self.found[key].seconds)
+        return self.found[key].choice
 
     def _measured(
         self, group: Group, variants: tuple[Variant, ...], x_TN: Tensor, by: Callable[[Variant, Tensor], Tensor]
     ) -> Measured:
         for variant in variants:  # what is made or compiled on first use
             self._timed(group, partial(by, variant), x_TN)
-        best, spent = dict.fromkeys(variants, inf), 0.0
+        found, rounds = Measured(group, [dict.fromkeys(variants, 1e30)]), list[dict[Variant, float]]()
         turns = [number % len(variants) for number in range(self.rounds[0])]  # another one begins each time
         for _ in range(self.rounds[1]):
             own = [self._round(group, variants[first:] + variants[:first], x_TN, by) for first in turns]
-            rounds = [
+            rounds += [
                 {variant: max(times[variant] for times in ranks) for variant in variants}
                 for ranks in zip(*group.tell(own), strict=True)
             ]
-            before, best = best, {name: min(best[name], *(times[name] for times in rounds)) for name in variants}
-            spent += sum(sum(times.values()) for times in rounds)
-            settled = all(best[variant] > (1 - SETTLED) * before[variant] for variant in variants)
-            if spent > BUDGET or (settled and chosen(best) == chosen(before)):
+            before, found = found, Measured(group, list(rounds))
+            settled = all(abs(found.seconds[name] / before.seconds[name] - 1) < SETTLED for name in variants)
+            spent = sum(sum(times.values()) for times in rounds)
+            if spent > BUDGET or (settled and found.choice == before.choice):
                 break
-        return Measured(group, best)
+        return found
 
     def _round(
         self, group: Group, variants: Sequence[Variant], x_TN: Tensor, by: Callable[[Variant, Tensor], Tensor]
@@ -145,15 +175,6 @@ class Policy:
 
 PACKED = Policy("packed")
 """Nothing is measured."""
-
-
-def chosen(seconds: Mapping[Variant, float]) -> Variant:
-    """The simplest that loses no more than :data:`GAIN` to any other."""
-    found: Variant = "packed"
-    for variant in VARIANTS:
-        if variant in seconds and seconds[variant] < (1 - GAIN) * seconds[found]:
-            found = variant
-    return found
 
 
 def _step(number: float) -> int:

@@ -13,9 +13,9 @@ from bench_perf.moves import Absent, Counted
 
 
 def found(**changes: Any) -> dict[str, Any]:
-    layer = {"packed": 0.2, "async": 0.16, "chunk": 0.15, "exchanges": 0.1}
+    layer = {"packed": [0.3, 0.2], "async": [0.16, 0.2], "chunk": [0.15, 0.15], "exchanges": [0.1, 0.2]}
     policy = {"chosen": "chunk", "took": 1.0, "seconds": {"packed": 0.2, "async": 0.16, "chunk": 0.15}}
-    flight = {"product": 0.05, "message": 0.06, "both": 0.07}
+    flight = {"product": [0.06, 0.05], "message": [0.06], "both": [0.07]}
     one = {"rate": 1e7, "layer": layer, "policy": policy, "flight": flight}
     return {"compute": 0.1, "same": True, "unfit": None, **dict.fromkeys(overlap.RATES, one), **changes}
 
@@ -37,12 +37,21 @@ def test_rows_have_the_bound_and_the_bars() -> None:
 
 
 def test_a_choice_that_loses_is_told() -> None:
-    layer = {"packed": 0.2, "async": 0.19, "chunk": 0.25, "exchanges": 0.1}
+    layer = {"packed": [0.2] * 3, "async": [0.19] * 3, "chunk": [0.25] * 3, "exchanges": [0.1] * 3}
     rows = overlap.rows(found(comparable={**found()["comparable"], "layer": layer}))
     holds = {row.name: row.holds for row in rows if row.bar is not None}
     assert holds["comparable link: regret of the policy"] is False
     assert holds["comparable link: async against packed"] is False
     assert holds["cheap link: regret of the policy"] is True
+
+
+def test_a_loss_within_the_scatter_is_not_judged() -> None:
+    layer = {"packed": [0.2] * 9, "async": [0.16, 0.12] * 4 + [0.14], "chunk": [0.143] * 9, "exchanges": [0.1] * 9}
+    lost, scatter = overlap.regret(layer, "chunk")
+    assert lost == pytest.approx(100 * (0.143 / 0.14 - 1)) and scatter > 5
+    row = overlap.rows(found(dear={**found()["dear"], "layer": layer}))[-2]
+    assert row.name == "dear link: regret of the policy" and row.holds is None
+    assert "not judged: 2.1 % with an error of" in row.note
 
 
 def test_other_bits_or_a_busy_machine_are_not_judged() -> None:
