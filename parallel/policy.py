@@ -44,7 +44,7 @@ ROUNDS = (3, 8)
 """Rounds that are made before ranks tell each other their times, and how often they do at most."""
 SETTLED = 0.01
 """Share that no median changed by in the last rounds."""
-BUDGET = 20.0
+BUDGET = 10.0
 """Seconds after which a choice has to do."""
 ALIKE = 2**0.5
 """Shapes whose numbers differ less are taken for one."""

@@ -393,14 +393,15 @@ BERNINI_API int64_t bernini_qk_rope_backward(const Call* call, int threads) {
     const Job job = prepare(*call);
     const int64_t runs = std::clamp<int64_t>(tokens / kLeastRun, 1, kMostRuns);
     const int64_t run_step = 2 * (job.plane[0] + job.plane[1]);
-    const bool weighted = call->sides[0].weight;
+    // One side may have no heads, and then no weight across them.
+    const bool weighted = call->sides[0].weight || call->sides[1].weight;
     const std::unique_ptr<float[]> dweights(weighted ? new float[runs * run_step] : nullptr);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (job.bytes > kParallelBytes)
     for (int64_t run = 0; run < runs; ++run)
         (call->bf16 ? backward_bf16 : backward_f32)(job, weighted ? dweights.get() + run * run_step : nullptr,
                                                     run * tokens / runs, (run + 1) * tokens / runs);
     for (int s = 0; weighted && s < 2; ++s)
-        if (call->sides[s].heads)  // without heads there is no weight to write to
+        if (call->sides[s].weight)
             gather(call->sides[s].dweight, dweights.get() + (s ? 2 * job.plane[0] : 0), job.plane[s], runs, run_step);
     return -1;
 }

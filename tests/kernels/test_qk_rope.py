@@ -359,6 +359,26 @@ def test_backward_is_autograd_of_the_reference(tokens, heads, dtype, weight_dtyp
         assert_near(grad, expected, max(leaf.dtype, dtype, key=lambda d: TOLERANCE[d]))
 
 
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ["across_heads", "per_head"])
+def test_one_of_the_two_alone(side, dtype, norm):
+    """The other has no heads, and gets nothing; this one gets the bits that it has beside another."""
+    tables, rows = rope_tables(6, SIZES, PHASES, dtype=torch.float64), random_rows(5)
+    full = [torch.randn(5, 4, 6).to(dtype).requires_grad_() for _ in "qk"]
+    weights = [weights_for(4, 6, norm, dtype).requires_grad_() for _ in "qk"]
+    dy = torch.randn(5, 4, 6).to(dtype)
+    y = qk_rope(*full, tables, rows, q_weight=weights[0], k_weight=weights[1], norm=norm)[side]
+    expected = torch.autograd.grad(y, (full[side], weights[side]), dy)
+
+    xs = [x if number == side else x.detach()[:, :0] for number, x in enumerate(full)]
+    scales = [w if number == side or norm == "per_head" else w.detach()[:0] for number, w in enumerate(weights)]
+    results = qk_rope(*xs, tables, rows, q_weight=scales[0], k_weight=scales[1], norm=norm)
+    assert torch.equal(results[side], y) and results[1 - side].shape == (5, 0, 6)
+    got = torch.autograd.grad(results[side], (xs[side], scales[side]), dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_one_result_is_enough_for_a_gradient():
     q, k = torch.randn(2, 3, 2, 6, requires_grad=True)
     result = qk_rope(q, k, rope_tables(6, SIZES, PHASES), random_rows(3))

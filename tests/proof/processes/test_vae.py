@@ -27,9 +27,9 @@ from bernini.parallel.vae import TemporalVAE, can
 from bernini.parallel.vae_frames import balanced, down, even, halo, kept, moved, owner, up, windows
 from bernini.renderer import vae_chunks
 from bernini.renderer.vae import VideoAutoencoder
-from tests.parallel.vae_cases import Case, apart, random_cases, steady_convolutions
+from tests.proof.processes.vae_cases import Case, apart, random_cases, steady_convolutions
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # --- frames: integers -------------------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ def test_other_forms_are_left_to_diffusers() -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.parallel.vae_worker", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.proof.processes.vae_worker", str(tmp_path)]
     ranks = [
         subprocess.Popen([*command, str(rank)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(2)

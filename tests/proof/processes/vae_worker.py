@@ -1,4 +1,4 @@
-"""One of two processes that share a VAE over gloo: ``python -m tests.parallel.vae_worker FOLDER RANK``."""
+"""One of two processes that share a VAE over gloo: ``python -m tests.proof.processes.vae_worker FOLDER RANK``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from bernini.parallel.group import Processes
-from tests.parallel.vae_cases import Case
+from tests.proof.processes.vae_cases import Case
 
 
 def rank_main(folder: str, rank: int) -> None:
