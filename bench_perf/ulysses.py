@@ -13,15 +13,9 @@ plain form: one ``all_to_all_single`` each for q, k, v and the result, with a co
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,19 +24,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bernini.kernels import Segment, SegmentLayout, attention
-from bernini.parallel.group import Group, Processes
+from bernini.parallel.group import Group
 from bernini.parallel.plan import Cut, Heads, Range, SPPlan
 from bernini.parallel.share import Share
 from bernini.parallel.ulysses import Run, Swap, Ulysses, attend
 from bernini.planner.model import under_mask
 from bernini.renderer.model import QKV, QKNorm
 
-from .harness import Row, Timing, Watch, judged, once, take_turns
+from . import ranks
+from .harness import Row, Timing, judged, take_turns
 from .moves import Absent, Counted, Moves, Shapes, shapes_backend
 from .packer import PAPER, TALK
 
 GB = 1e9
-ROOT = Path(__file__).resolve().parents[1]
 
 # --- the layers -----------------------------------------------------------------------------------------------------
 
@@ -271,47 +265,26 @@ def sides(group: Group, case: str) -> tuple[Callable[[], tuple[Tensor, ...]], Ca
     )
 
 
-def rank_main(rank: int, size: int, meeting: str, result: str) -> None:
-    """What each of the processes does; the first writes down the times."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
-    group, found = Processes(), {}
+def rank(group: Group) -> dict[str, Any]:
+    """What each of the processes does."""
+    found = {}
     for case in TIMED:
         ours, peer = sides(group, case)
         for one, other in zip(ours(), peer(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-        def timed(call: Callable[[], Any]) -> float:
-            dist.barrier()
-            return once(call)
-
-        timings = take_turns([partial(timed, ours), partial(timed, peer)], (TURNS, TURNS), 0)
+        timings = take_turns([partial(ranks.together, ours), partial(ranks.together, peer)], (TURNS, TURNS), 0)
         found[case] = [asdict(timing) for timing in timings]
-    if rank == 0:
-        Path(result).write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+    return found
 
 
 def measured(size: int = 2) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder, Watch() as watch:
-        meeting, result = Path(folder, "meeting"), Path(folder, "times.json")
-        command = [sys.executable, "-m", __spec__.name]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        ranks = [
-            subprocess.Popen([*command, str(rank), str(size), str(meeting), str(result)], cwd=ROOT, env=environment)
-            for rank in range(size)
-        ]
-        if sum(rank.wait() for rank in ranks):
-            raise RuntimeError("ulysses: a rank failed; what it said is above")
-        times = json.loads(result.read_text(encoding="utf-8"))
+    times, unfit = ranks.ask(__spec__.name, size)
     rows = []
     for case, ((tokens, heads, kv_heads), _) in TIMED.items():
         ours, peer = (Timing(**timing) for timing in times[case])
         rows.append(
             judged(
-                case, ours.median * 1e3, peer.median * 1e3, unit="ms", dtype="float32", unfit=watch.unfit,
+                case, ours.median * 1e3, peer.median * 1e3, unit="ms", dtype="float32", unfit=unfit,
                 shape=f"{tokens} x {heads}/{kv_heads} x 128, {size} ranks, forward and backward",
                 note=f"peer: plain Ulysses; min..p80 {ours.spread('ms')} against {peer.spread('ms')} ms",
             )
@@ -324,4 +297,4 @@ def run() -> list[Row]:
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    ranks.answer(rank)

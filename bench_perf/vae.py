@@ -8,28 +8,23 @@ stated link; messages and bytes are counted on ``meta`` tensors and are the same
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bernini.parallel.group import Alone, Processes
+from bernini.parallel.group import Alone, Group
 from bernini.parallel.vae import MOST, Part, TemporalVAE
 
-from .harness import Row, Timing, Watch, compare, judged, once, take_turns
+from . import ranks
+from .harness import Row, Timing, Watch, compare, judged, take_turns
 from .moves import Absent, Counted
 from .vae_cost import Event, Link, calibrate, in_step, makespan, seconds, timetable
 
-ROOT = Path(__file__).resolve().parents[1]
 GB = 1e9
 BASE = 32
 """Width of the timed VAE; the released one has 96. Everything else is as released."""
@@ -108,15 +103,11 @@ def single() -> list[Row]:
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 
-def rank_main(rank: int, size: int, meeting: str, result: str) -> None:
-    """What each of the processes does; the first also runs alone, and writes down the times."""
-    import torch.distributed as dist
-
+def rank(group: Group) -> dict[str, Any]:
+    """What each of the processes does; the first also runs alone."""
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
-    group, model, found = Processes(), released(SHARED_BASE), {}
+    os.sched_setaffinity(0, {cores[group.rank % len(cores)]})
+    model, found = released(SHARED_BASE), {}
     with torch.no_grad():
         for job in ("encode", "decode"):
             x = inputs(job, *SHARED)
@@ -125,19 +116,12 @@ def rank_main(rank: int, size: int, meeting: str, result: str) -> None:
                 return run_of(TemporalVAE(model, group), job, x)
 
             def whole(job: str = job, x: Tensor = x) -> list[Part]:
-                return run_of(TemporalVAE(model, Alone()), job, x) if rank == 0 else []
+                return run_of(TemporalVAE(model, Alone()), job, x) if group.rank == 0 else []
 
-            _check(parted(), run_of(TemporalVAE(model), job, x), rank)
-
-            def timed(call: Callable[[], Any]) -> float:
-                dist.barrier()
-                return once(lambda: (call(), dist.barrier()))
-
-            timings = take_turns([partial(timed, parted), partial(timed, whole)], (TURNS, TURNS), 0)
-            found[job] = [asdict(timing) for timing in timings]
-    if rank == 0:
-        Path(result).write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+            _check(parted(), run_of(TemporalVAE(model), job, x), group.rank)
+            both = [partial(ranks.together, call, to_the_end=True) for call in (parted, whole)]
+            found[job] = [asdict(timing) for timing in take_turns(both, (TURNS, TURNS), 0)]
+    return found
 
 
 def _check(parts: Iterable[Part], serial: Iterable[Part], rank: int) -> None:
@@ -147,25 +131,15 @@ def _check(parts: Iterable[Part], serial: Iterable[Part], rank: int) -> None:
             raise RuntimeError("two processes get something else than one")
 
 
-def two(size: int = 2) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder, Watch() as watch:
-        meeting, result = Path(folder, "meeting"), Path(folder, "times.json")
-        command = [sys.executable, "-m", __spec__.name]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        ranks = [
-            subprocess.Popen([*command, str(rank), str(size), str(meeting), str(result)], cwd=ROOT, env=environment)
-            for rank in range(size)
-        ]
-        if sum(rank.wait() for rank in ranks):
-            raise RuntimeError("vae: a rank failed; what it said is above")
-        times = json.loads(result.read_text(encoding="utf-8"))
+def two() -> list[Row]:
+    times, unfit = ranks.ask(__spec__.name)
     rows = []
     for job, found in times.items():
         both, alone = (Timing(**timing) for timing in found)
         rows.append(
             judged(
                 f"{job} by two processes", both.median, alone.median, unit="s", dtype="float32", bar=1.7,
-                unfit=watch.unfit, shape=f"{'x'.join(map(str, SHARED))}, width {SHARED_BASE}",
+                unfit=unfit, shape=f"{'x'.join(map(str, SHARED))}, width {SHARED_BASE}",
                 note=f"peer: one process, one thread, one core; the same bits; min..p80 {both.spread('s')} against "
                 f"{alone.spread('s')} s",
             )
@@ -267,4 +241,4 @@ def run() -> list[Row]:
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    ranks.answer(rank)

@@ -25,9 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .calls import View, circle, compare
 from .group import Group
 from .mesh import address
-from .trace import Checked, Trace, View, circle, compare
+from .trace import Checked, Trace
 
 TICK = 0.5
 """Seconds between looks at the store."""

@@ -16,7 +16,7 @@ from bench_perf import balance_peers as peers
 from bench_perf import batching, workload
 from bench_perf.balance_schedules import adversarial, each_its_own, stands_still
 from bench_perf.lockstep import Meet, Stuck, Work, programs, run
-from bernini.parallel import trace
+from bernini.parallel import calls, trace
 from bernini.parallel.balance import Item, Placement, Sizes, Workload, lower_bound, place
 from bernini.parallel.group import Group
 from bernini.parallel.workload import TERMS, Measured
@@ -200,7 +200,7 @@ def test_ranks_run_a_placement_under_the_trace_checker() -> None:
         return done
 
     assert trace.simulate(8, work) == pytest.approx(got.loads)
-    with pytest.raises(trace.Mismatch, match="ranks disagree"):
+    with pytest.raises(calls.Mismatch, match="ranks disagree"):
         trace.simulate(8, lambda world: work(world, odd=-1))
 
 

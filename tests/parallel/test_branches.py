@@ -21,11 +21,12 @@ from torch import Tensor
 
 from bernini.cli import main
 from bernini.kernels import Segment, SegmentLayout
-from bernini.parallel import branches, group
+from bernini.parallel import branches, simulated
 from bernini.parallel.branches import GAIN, MACHINES, Costs, Machine, Model, Piece, Placement, Work, in_turn, place
-from bernini.parallel.group import Group, Message
+from bernini.parallel.calls import Mismatch
+from bernini.parallel.group import Group, Message, Processes
 from bernini.parallel.share import Share
-from bernini.parallel.trace import Mismatch, simulate
+from bernini.parallel.trace import simulate
 from bernini.renderer import branches as renderer_branches
 from bernini.renderer.branches import Branches
 from bernini.renderer.config import RendererConfig
@@ -170,7 +171,7 @@ def test_bytes_are_those_that_ranks_send(ranks: int) -> None:
     shape = Model(CONFIG.num_layers, CONFIG.width, CONFIG.ffn_dim, CONFIG.num_attention_heads, 4)
     works = (Work(layout.tokens, 6, noise.nbytes),) * 2
     per_byte = Costs(works, ranks, shape, Machine(inf, 1.0, 0.0, 0.0))
-    found = group.simulate(ranks, work)
+    found = simulated.simulate(ranks, work)
     assert {sent for _, sent in found} == {per_byte.step([Piece(b, range(ranks)) for b in (0, 1)])}
     assert {calls for calls, _ in found} == {2 * 2 * CONFIG.num_layers + 1}  # one for the predictions of both
 
@@ -338,7 +339,7 @@ def test_calls_of_some_of_the_ranks_are_compared() -> None:
             part.exchange([Message(1, torch.zeros(1))], [])
 
     with pytest.raises(RuntimeError, match="rank 1 sent a message that rank 2 did not take"):
-        group.simulate(3, lost)
+        simulated.simulate(3, lost)
 
 
 def test_torch_makes_each_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +351,7 @@ def test_torch_makes_each_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "new_group", lambda ranks, **options: made.append(ranks) or new_group(ranks, **options))
     dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
     try:
-        world = group.Processes()
+        world = Processes()
         first, second = world.parts([range(2), range(1, 4)]), world.parts([range(1, 4), range(2, 4)])
         assert made == [[0, 1], [1, 2, 3], [2, 3]]
         assert first[0] is None and first[1] is not None and (first[1].rank, first[1].size) == (1, 3)

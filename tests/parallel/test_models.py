@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from bernini import Bernini
 from bernini.kernels import Segment, SegmentLayout
 from bernini.media import Clip
-from bernini.parallel.group import Group, simulate
+from bernini.parallel.group import Group
 from bernini.parallel.share import Share
+from bernini.parallel.simulated import simulate
 from bernini.planner import training
 from bernini.planner.decode import Prefix, Seeded, generate
 from bernini.planner.prompt import Template

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from bernini.parallel.calls import Mismatch, Note, View, circle, compare
 from bernini.parallel.group import Group, Message
 from bernini.parallel.plan import Cut
-from bernini.parallel.trace import KEPT, Mismatch, Note, Trace, View, circle, compare, simulate
+from bernini.parallel.trace import KEPT, Trace, simulate
 from bernini.parallel.ulysses import gathered
 
 Call = tuple[str, dict[tuple[int, int], int]]

@@ -5,9 +5,7 @@ Ranks are threads, and once real processes over gloo: ``python -m tests.parallel
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +24,14 @@ from bench_perf.moves import Counted, Moves, shapes_backend
 from bernini.kernels import Segment, SegmentLayout
 from bernini.parallel import plan as plans
 from bernini.parallel import ulysses
-from bernini.parallel.group import Alone, Group, Processes, simulate
+from bernini.parallel.group import Alone, Group
 from bernini.parallel.plan import Heads, SPPlan
 from bernini.parallel.share import Share
+from bernini.parallel.simulated import simulate
 from bernini.parallel.ulysses import Swap, Ulysses
 from bernini.planner.model import under_mask
 from bernini.renderer.model import QKV, QKNorm, attend_here
+from tests.parallel import forked
 
 CASES = {1: 50, 2: 600, 3: 500, 4: 400, 5: 150, 6: 150, 7: 75, 8: 75}
 """How many for each number of ranks: 2 000 in all."""
@@ -484,39 +484,16 @@ def test_bytes_copies_and_waits(ranks: int) -> None:
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-def processes(folder: Path, size: int = 4) -> None:
-    """Forks the ranks; each saves what it found."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-                torch.save(bits(Processes(), *DTYPES), folder / f"{rank}.pt")
-                dist.barrier()
-                code = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    failed = [child for child in children if os.waitpid(child, 0)[1]]
-    sys.exit(1 if failed else 0)
+def all_bits(group: Group) -> list[list[Tensor]]:
+    return bits(group, *DTYPES)
 
 
 def test_processes_have_the_bits_of_threads(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.parallel.test_ulysses", str(tmp_path)]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for rank, wanted in enumerate(simulate(4, lambda group: bits(group, *DTYPES))):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    by_process = forked.found("tests.parallel.test_ulysses", tmp_path, 4)
+    for found, wanted in zip(by_process, simulate(4, all_bits), strict=True):
         for case, expected in zip(found, wanted, strict=True):
             assert all(torch.equal(*pair) for pair in zip(case, expected, strict=True))
 
 
 if __name__ == "__main__":
-    processes(Path(sys.argv[1]))
+    forked.run(Path(sys.argv[1]), 4, all_bits)

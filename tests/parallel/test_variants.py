@@ -5,8 +5,6 @@ Ranks are threads, and once real processes over gloo: ``python -m tests.parallel
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,18 +22,20 @@ from torch.utils.checkpoint import checkpoint
 from bernini.cli_options import Parser, add_generate
 from bernini.errors import UserError
 from bernini.kernels import Segment, SegmentLayout
-from bernini.parallel import overlap, trace
-from bernini.parallel.group import Alone, Group, Message, Pending, Processes, simulate
+from bernini.parallel import calls, overlap, trace
+from bernini.parallel.group import Alone, Group, Message, Pending
 from bernini.parallel.overlap import chunks_of
 from bernini.parallel.plan import Heads, SPPlan
 from bernini.parallel.policy import CHOICES, GAIN, Measured, Policy, Variant
 from bernini.parallel.share import Share
+from bernini.parallel.simulated import simulate
 from bernini.parallel.swap import Coming, Swap
 from bernini.parallel.ulysses import Ulysses
 from bernini.renderer.config import RendererConfig
 from bernini.renderer.model import QKV, QKNorm, Renderer
 from bernini.training.flow import RendererSample, pack_renderer, renderer_losses
 from bernini.training.recipe import Recipe, load
+from tests.parallel import forked
 from tests.parallel.test_ulysses import Case, cases, larger
 
 OTHERS: tuple[Variant, ...] = ("async", "chunk")
@@ -521,7 +521,7 @@ def test_simulated_ranks_are_strict() -> None:
 
 def test_who_waits_for_what_has_left_waits_in_no_circle() -> None:
     """0 waits for what 1 began to send, and 1 for 0 in another group, with more begun behind it: 0 will come."""
-    note = trace.Note(1, "float32", (3,), 3)
+    note = calls.Note(1, "float32", (3,), 3)
     here, there = trace.Trace((0, 1), 0), trace.Trace((0, 1), 1)
     number = here.begin("start", [], [note], False)
     here.end()
@@ -532,11 +532,11 @@ def test_who_waits_for_what_has_left_waits_in_no_circle() -> None:
     other.begin("tell", [], [], True)
     late = trace.Trace((1, 0), 1)
     views = {0: [here.view(1), late.view()], 1: [other.view(), there.view()]}
-    assert [view.members for view in trace.circle(views, 0)] == [(0, 1), (1, 0)]  # 1 has sent nothing yet
+    assert [view.members for view in calls.circle(views, 0)] == [(0, 1), (1, 0)]  # 1 has sent nothing yet
     there.begin("start", [note._replace(rank=0)], [], False)
     there.end()
     views[1] = [other.view(), there.view()]
-    assert trace.circle(views, 0) == []
+    assert calls.circle(views, 0) == []
     assert "call 1, start" in here.view(1).where
 
 
@@ -545,7 +545,7 @@ def test_ranks_that_begin_different_messages_are_told() -> None:
         size = 3 + group.rank
         group.start([Message(1 - group.rank, torch.ones(size))], [Message(1 - group.rank, torch.ones(size))]).wait()
 
-    with pytest.raises(trace.Mismatch, match=r"group.start by test_variants.*sends it float32\[3\]"):
+    with pytest.raises(calls.Mismatch, match=r"group.start by test_variants.*sends it float32\[3\]"):
         trace.simulate(2, work)
 
 
@@ -553,6 +553,7 @@ def test_ranks_that_begin_different_messages_are_told() -> None:
 
 
 def by_process(group: Group) -> list[list[Tensor]]:
+    assert in_flight(group) == wanted_in_flight(group.rank)  # and then another one on the same connections
     case = larger(torch.float32)[0]
     policy = Policy("auto", rounds=(2, 1))
     runs = [Layer(case, group, way).run() for way in ("packed", *OTHERS, policy)]
@@ -562,40 +563,13 @@ def by_process(group: Group) -> list[list[Tensor]]:
     return runs
 
 
-def processes(folder: Path, size: int = 2) -> None:
-    """Forks the ranks; each saves what it found."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-                assert in_flight(Processes()) == wanted_in_flight(rank)
-                torch.save(by_process(Processes()), folder / f"{rank}.pt")  # another one on the same connections
-                dist.barrier()
-                code = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    failed = [child for child in children if os.waitpid(child, 0)[1]]
-    sys.exit(1 if failed else 0)
-
-
 def test_processes_have_the_bits_of_threads(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.parallel.test_variants", str(tmp_path)]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    by_process = forked.found("tests.parallel.test_variants", tmp_path, 2)
     wanted = found(larger(torch.float32)[0], 2, "packed")
-    for rank, own in enumerate(wanted):
-        for run in torch.load(tmp_path / f"{rank}.pt"):
+    for runs, own in zip(by_process, wanted, strict=True):
+        for run in runs:
             assert same([run], [own])
 
 
 if __name__ == "__main__":
-    processes(Path(sys.argv[1]))
+    forked.run(Path(sys.argv[1]), 2, by_process)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from bernini.errors import UserError
-from bernini.parallel.group import Alone, Group, simulate
+from bernini.parallel.group import Alone, Group
 from bernini.parallel.mesh import Mesh, alone
+from bernini.parallel.simulated import simulate
 from bernini.parallel.workload import Sizes, terms
 from bernini.renderer.config import RendererConfig
 from bernini.training import checkpoints

@@ -22,7 +22,8 @@ from bench_perf.vae_cost import Start, Wait, Work, timetable
 from bernini.media import Clip, from_model, to_model
 from bernini.memory.peak import peak_bytes
 from bernini.parallel import vae_exchange
-from bernini.parallel.group import Group, simulate
+from bernini.parallel.group import Group
+from bernini.parallel.simulated import simulate
 from bernini.parallel.vae import TemporalVAE, can
 from bernini.parallel.vae_frames import balanced, down, even, halo, kept, moved, owner, up, windows
 from bernini.renderer import vae_chunks

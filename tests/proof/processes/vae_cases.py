@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bernini.parallel.group import Group, simulate
+from bernini.parallel.group import Group
+from bernini.parallel.simulated import simulate
 from bernini.parallel.vae import Part, TemporalVAE, gathered
 
 SIDE = 4
