@@ -30,7 +30,7 @@ TOKENS, HEADS, DIM = 384, 12, 128
 SHAPE = f"{TOKENS} tokens x {HEADS * DIM}, {HEADS} heads, 2 ranks, forward and backward"
 RATES = {"cheap": 0.1, "comparable": 1.0, "dear": 2.0}
 """How long the transfers of a layer take, in times of its computing."""
-ROUNDS, FEW = 12, 6
+ROUNDS, FEW = 36, 6
 BAR, REGRET = 1.15, 1.0  # times faster; percent
 WAYS = ("packed", "async", "chunk")
 
