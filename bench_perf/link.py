@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("unshare", "nsenter", "ip", "tc")
+ENDED = "rank {} has ended; what it said is above"
 DEVICES, ADDRESSES = ("bernini0", "bernini1"), ("10.77.0.1", "10.77.0.2")
 MTU = 32 << 10
 """Bytes of a packet at most."""
@@ -87,10 +89,13 @@ class Pair:
         Raises:
             RuntimeError: one has ended.
         """
-        for rank in self._ranks:
+        for number, rank in enumerate(self._ranks):
             assert rank.stdin is not None
-            rank.stdin.write(json.dumps(words) + "\n")
-            rank.stdin.flush()
+            try:
+                rank.stdin.write(json.dumps(words) + "\n")
+                rank.stdin.flush()
+            except BrokenPipeError:
+                raise RuntimeError(ENDED.format(number)) from None
         return self.answers()
 
     def answers(self) -> list[Any]:
@@ -99,7 +104,7 @@ class Pair:
             assert rank.stdout is not None
             line = rank.stdout.readline()
             if not line:
-                raise RuntimeError(f"rank {number} has ended; what it said is above")
+                raise RuntimeError(ENDED.format(number))
             found.append(json.loads(line))
         return found
 
@@ -111,7 +116,8 @@ class Pair:
             if kind is not None:
                 rank.kill()
             assert rank.stdin is not None
-            rank.stdin.close()
+            with suppress(BrokenPipeError):  # it ended with something unread
+                rank.stdin.close()
         for rank in self._ranks:
             rank.wait()
 

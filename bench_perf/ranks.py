@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,14 @@ def ask(module: str, size: int = 2) -> tuple[Any, str | None]:
             subprocess.Popen([*command, str(rank), str(size), str(meeting), str(result)], cwd=ROOT, env=environment)
             for rank in range(size)
         ]
-        if sum([rank.wait() for rank in ranks]):
+        try:
+            while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+                time.sleep(0.05)
+        finally:
+            for rank in ranks:
+                rank.kill()  # the others wait for one that failed
+                rank.wait()
+        if any(rank.returncode for rank in ranks):
             raise RuntimeError(f"{module}: a rank failed; what it said is above")
         found = json.loads(result.read_text(encoding="utf-8"))
     return found, watch.unfit

@@ -1,9 +1,10 @@
 """What a Wan VAE on several ranks would take: the code's own steps, with times measured in one process.
 
 Every rank's part is run on ``meta`` tensors at the size in question, and it is written down what it computes, sends and
-waits for, in its order. One process with real tensors, at a smaller size, tells the seconds per frame of every layer;
-they grow with the area. The two make a timetable: a message leaves when it is started, takes the link's latency and its
-bytes over the link's rate (one after the other per sender), and a rank goes on when what it waits for is there.
+waits for, in its order. One process with real tensors, at a smaller size, tells the seconds per frame of every layer,
+which are taken to grow with the area (attention in the middle, which is small, grows with its square). The two make a
+timetable: a message leaves when it is started, takes the link's latency and its bytes over the link's rate (one after
+the other per sender), and a rank goes on when what it waits for is there.
 """
 
 from __future__ import annotations

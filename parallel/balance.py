@@ -27,10 +27,10 @@ from .workload import Sizes as Sizes
 from .workload import Workload as Workload
 
 LEAST = 4096
-"""Tokens from which on a sequence is cut for balance, as in :mod:`bernini.parallel.share`; for the cap any is."""
+"""Tokens from which on a sequence is cut: below, two exchanges per layer cost more than they save."""
 GOOD, EVEN = 0.0025, 0.0075
 """Time above the lower bound, and difference of ranks' loads, as parts of the bound: nothing better is looked for."""
-FINER, TRIES = 0.8, 12
+FINER, TRIES = 0.8, 20
 """The largest load of a piece falls so from try to try, and how often."""
 MORE, DRAWN = 250, 32_000
 """Tries with limits drawn at random, and items in all of them, at most: a window of 4096 has none."""

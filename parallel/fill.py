@@ -10,7 +10,7 @@ the order or the numbers of equal pieces.
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ Ints = NDArray[np.int64]
 
 ROUNDS = 40
 """Of exchanges, at most."""
+WIDTH = 64
+"""Pieces of a bin that are looked at for exchanges, the heaviest: light ones change nothing."""
 
 
 class Pieces(NamedTuple):
@@ -73,7 +75,7 @@ def fill(pieces: Pieces, ranks: int, micros: int, cap: int, goal: float, *, by_t
     """Places all pieces, or ``None`` if one does not fit.
 
     Larger groups first, heaviest first, each into the emptiest bins that have room: so all ranks of a group are equally
-    full when one of its pieces comes. Then exchanges of what ranks have alone.
+    full when one of its pieces comes. After each size come exchanges between its groups.
 
     Args:
         cap: tokens of a bin.
@@ -105,37 +107,45 @@ def _first(
     which: Ints, pieces: Pieces, loads: Floats, tokens: Ints, cap: int, places: Ints, by_tokens: bool
 ) -> bool:  # fmt: skip
     """Places pieces of one size among ``len(loads)`` groups, whose loads and tokens it brings up to date."""
-    load, used = loads.tolist(), tokens.tolist()
-    heap: list[tuple[float, int]] = list(zip(used if by_tokens else load, range(len(load)), strict=True))
+    counts = pieces.tokens[which]
+    least = np.minimum.accumulate(counts[::-1])[::-1].tolist()  # of a piece and all behind it
+    full = tokens if by_tokens else loads
+    heap: list[tuple[float, int]] = list(zip(full.tolist(), range(len(full)), strict=True))
     heapify(heap)
-    where = []
-    for own, count in zip(pieces.loads[which].tolist(), pieces.tokens[which].tolist(), strict=True):
-        passed = []
-        while heap and used[heap[0][1]] + count > cap:
-            passed.append(heappop(heap))
+    for piece, own, count, small in zip(
+        which.tolist(), pieces.loads[which].tolist(), counts.tolist(), least, strict=True
+    ):
+        # What was placed past the top of the heap left old entries; a bin that nothing else fits is done with.
+        while heap and (heap[0][0] != full[heap[0][1]] or tokens[heap[0][1]] + small > cap):
+            heappop(heap)
         if not heap:
             return False
-        at = heappop(heap)[1]
-        load[at] += own
-        used[at] += count
-        where.append(at)
-        heappush(heap, (used[at] if by_tokens else load[at], at))
-        for entry in passed:
-            heappush(heap, entry)
-    places[which], loads[:], tokens[:] = where, load, used
+        at = heap[0][1]
+        if tokens[at] + count > cap:
+            at = int(np.where(tokens + count <= cap, full, np.inf).argmin())
+            if tokens[at] + count > cap:
+                return False
+        loads[at] += own
+        tokens[at] += count
+        places[piece] = at
+        if heap[0][1] == at:
+            heapreplace(heap, (float(full[at]), at))
+        else:
+            heappush(heap, (float(full[at]), at))
     return True
 
 
-def _exchange(alone: Ints, pieces: Pieces, excess: Floats, used: Ints, cap: int, places: Ints, goal: float) -> None:
+def _exchange(which: Ints, pieces: Pieces, excess: Floats, used: Ints, cap: int, places: Ints, goal: float) -> None:
     """Full bins give an empty one a piece for a lighter one or for none, many pairs at once, while that helps."""
-    count = np.bincount(places[alone], minlength=len(excess))
-    if len(excess) < 2 or not len(alone):
+    count = np.bincount(places[which], minlength=len(excess))
+    if len(excess) < 2 or not len(which):
         return
     # A table of what every bin has; -1 is nothing, whose load and tokens are the 0 behind the last.
-    order = np.argsort(places[alone], kind="stable")
-    column = np.arange(len(alone)) - np.repeat(np.cumsum(count) - count, count)
-    has = np.full((len(excess), int(count.max()) + 2), -1)
-    has[places[alone][order], column] = alone[order]
+    order = np.argsort(places[which], kind="stable")  # the heaviest of a bin first, as all are
+    column = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
+    order, column = order[column < WIDTH], column[column < WIDTH]
+    has = np.full((len(excess), int(column.max()) + 3), -1)
+    has[places[which][order], column] = which[order]
     load, tokens = np.append(pieces.loads, 0.0), np.append(pieces.tokens, 0)
     turned = 0
     for _ in range(ROUNDS):

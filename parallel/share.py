@@ -13,14 +13,12 @@ from torch import Tensor
 
 from bernini.kernels import SegmentLayout
 
+from .balance import LEAST as LEAST
 from .group import Alone, Group
 from .plan import Cut, Heads, Range, SPPlan
 from .policy import PACKED, Policy
 from .swap import Swap
 from .ulysses import Run, attend, gathered
-
-LEAST = 4096
-"""Tokens from which on a sequence is cut: below, two exchanges per layer cost more than they save."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from types import CodeType
 from typing import Any
@@ -45,11 +45,12 @@ class Trace:
         self.ended = False
         self._lock = threading.Lock()
         self._calls: deque[Call] = deque(maxlen=KEPT)
-        self._inside, self._number, self._common = 0, 0, 0
+        self._inside: Call | None = None
+        self._number, self._common = 0, 0
         self._sent, self._received = [0] * len(members), [0] * len(members)
 
-    def begin(self, kind: str, sends: Sequence[Note], receives: Sequence[Note], everyone: bool) -> int:
-        """Notes a call, and tells its number.
+    def begin(self, kind: str, sends: Sequence[Note], receives: Sequence[Note], everyone: bool) -> Call:
+        """Notes a call.
 
         Args:
             sends, receives: messages; those without elements are left out, as nobody sends them.
@@ -60,7 +61,6 @@ class Trace:
         with self._lock:
             self._number += 1
             self.moves += 1
-            self._inside = self._number
             self._common = hash((self._common, compared))
             for sums, notes in ((self._sent, sends), (self._received, receives)):
                 for rank, dtype, _, elements in notes:
@@ -68,27 +68,31 @@ class Trace:
             needs = dict.fromkeys(range(len(self.members)) if everyone else [note.rank for note in receives])
             needs.pop(self.rank, None)
             sums_now = tuple(self._sent), tuple(self._received)
-            self._calls.append(Call(self._number, what, self._common, *sums_now, sends, receives, tuple(needs)))
-            return self._number
+            call = Call(self._number, what, self._common, *sums_now, sends, receives, tuple(needs))
+            self._calls.append(call)
+            self._inside = call
+            return call
 
-    def resume(self, number: int) -> None:
+    def resume(self, call: Call) -> None:
         """A call that was begun is waited for."""
         with self._lock:
             self.moves += 1
-            self._inside = number
+            self._inside = call
 
     def end(self) -> None:
         """The call that was begun has ended, or is on its way and nobody waits for it."""
         with self._lock:
             self.moves += 1
-            self._inside = 0
+            self._inside = None
 
     def view(self, last: int = KEPT) -> View:
         """The notes as they are now, with so many of the last calls."""
         with self._lock:
-            kept = range(self._number - last + 1, self._number + 1)
-            calls = tuple(call for call in self._calls if call.number in kept or call.number == self._inside)
-            return View(self.members, self.rank, calls, self._inside, self.ended)
+            inside, first = self._inside, self._number - last + 1
+            calls = [call for call in self._calls if call.number >= first]
+            if inside is not None and inside.number < first:  # begun long ago
+                calls.insert(0, inside)
+            return View(self.members, self.rank, tuple(calls), inside.number if inside else 0, self.ended)
 
 
 _HERE = __name__.rpartition(".")[0]
@@ -127,14 +131,14 @@ def _noted(messages: Sequence[Message]) -> list[Note]:
 
 @dataclass(frozen=True)
 class _Noted:
-    """What is on its way by a call of that number."""
+    """What is on its way by a call."""
 
     pending: Pending
     trace: Trace
-    number: int
+    call: Call
 
     def wait(self) -> None:
-        self.trace.resume(self.number)
+        self.trace.resume(self.call)
         self.pending.wait()
         self.trace.end()
 
@@ -156,6 +160,8 @@ class Checked:
     look: Callable[[], None]
     name: str = "group"
     wrap: Callable[[str, Group, list[int]], Group] = lambda name, group, ranks: group
+    made: dict[range, Group | None] = field(default_factory=dict, repr=False)
+    """Of :meth:`parts`: the same ranks get the same group again, as without notes."""
 
     @property
     def rank(self) -> int:
@@ -172,11 +178,11 @@ class Checked:
         self.trace.end()
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        number = self.trace.begin(f"{self.name}.start", _noted(sends), _noted(receives), everyone=False)
+        call = self.trace.begin(f"{self.name}.start", _noted(sends), _noted(receives), everyone=False)
         self.look()
         pending = self.group.start(sends, receives)
         self.trace.end()
-        return _Noted(pending, self.trace, number)
+        return _Noted(pending, self.trace, call)
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         dtype, rest = _DTYPES[rows.dtype], tuple(rows.shape[1:])
@@ -201,10 +207,11 @@ class Checked:
         self.look()
         made = self.group.parts(ranges)
         self.trace.end()
-        return [
-            part and self.wrap(f"{self.name}[{ranks[0]}-{ranks[-1]}]", part, [self.trace.members[at] for at in ranks])
-            for ranks, part in zip(ranges, made, strict=True)
-        ]
+        for ranks, part in zip(ranges, made, strict=True):
+            if ranks not in self.made:
+                name, members = f"{self.name}[{ranks[0]}-{ranks[-1]}]", [self.trace.members[at] for at in ranks]
+                self.made[ranks] = part and self.wrap(name, part, members)
+        return [self.made[ranks] for ranks in ranges]
 
 
 def simulate(size: int, work: Callable[[Group], Any]) -> list[Any]:

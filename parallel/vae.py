@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,10 +47,17 @@ class Part:
     own: Tensor
     """``[B, C, own frames, H, W]``."""
 
+    @property
+    def sizes(self) -> list[int]:
+        """Frames of every rank."""
+        return [stop - start for start, stop in pairwise(self.cut)]
+
 
 def can(model: Any) -> bool:
     """Whether this VAE is one of those: the Wan 2.1 form, and neither tiles nor patches."""
     if getattr(model, "use_tiling", False) or not all(hasattr(model, part) for part in PARTS):
+        return False
+    if not isinstance(getattr(model.encoder, "conv_in", None), torch.nn.Conv3d):
         return False
     residual = any(hasattr(block, "avg_shortcut") for block in model.decoder.up_blocks)
     return not residual and model.config.get("patch_size") is None and sum(rates(model)) <= 2
@@ -70,13 +78,18 @@ class TemporalVAE:
             wherever torch's convolution does not depend on the number of frames. Otherwise, on a CPU in float32 and
             without gradients, a faster form whose results differ by rounding.
         most: latent frames of a rank at a time; by default :data:`MOST`, and one where there is one rank.
+
+    Raises:
+        ValueError: another form of VAE, or ``most`` below one.
     """
 
     def __init__(self, model: Any, group: Group | None = None, *, exact: bool = False, most: int | None = None) -> None:
         self.model, self.group, self.exact = model, group or Alone(), exact
-        self.most = most or (MOST if self.group.size > 1 else 1)
+        self.most = (MOST if self.group.size > 1 else 1) if most is None else most
         if not can(model):
             raise ValueError("the VAE is not of the Wan 2.1 form, or works in tiles")
+        if self.most < 1:
+            raise ValueError(f"most: {most} latent frames of a rank at a time; it has to be at least one")
 
     def encode(self, pixels: Callable[[int, int], Tensor], frames: int) -> Iterator[Part]:
         """Moments, window by window: ``[B, 2 C, own latent frames, h, w]``, before any sampling.
@@ -85,7 +98,12 @@ class TemporalVAE:
             pixels: gives frames ``[start, stop)`` as ``[B, 3, stop - start, H, W]`` in [-1, 1]; asked for no others
                 than those that this rank begins with (none, too: start == stop).
             frames: of the video; of what is over one and a multiple of four nothing is seen, as in diffusers.
+
+        Raises:
+            ValueError: no frames, or ``pixels`` gives another number of them than it was asked for.
         """
+        if frames < 1:
+            raise ValueError(f"encode: {frames} frames; there has to be one")
         model, temporal = self.model, sum(rates(self.model))
         latents = 1 + (frames - 1) // 4 * 4 // 2**temporal
 
@@ -93,7 +111,10 @@ class TemporalVAE:
             start, stop = (0 if t == 0 else (t - 1) * 2**temporal + 1 for t in (first, last))
             walk.cut = even(start, stop, self.group.size)
             walk.rate = 4
-            return pixels(*walk.own)
+            x, wanted = pixels(*walk.own), walk.own[1] - walk.own[0]
+            if x.shape[2] != wanted:
+                raise ValueError(f"encode: pixels{walk.own} gave {x.shape[2]} frames and not {wanted}")
+            return x
 
         def run(walk: Walk, x: Tensor) -> Tensor:
             return walk.point("quant_conv", model.quant_conv, walk.encoder("encoder", model.encoder, x))
@@ -153,4 +174,4 @@ def gathered(group: Group, part: Part) -> Tensor:
     if group.size == 1:
         return part.own
     rows = part.own.movedim(2, 0).contiguous()
-    return group.gather(rows, [stop - start for start, stop in zip(part.cut, part.cut[1:], strict=False)]).movedim(0, 2)
+    return group.gather(rows, part.sizes).movedim(0, 2)

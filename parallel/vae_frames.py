@@ -8,7 +8,7 @@ may be empty. A causal convolution also reads the frames just before its own: th
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -126,10 +126,3 @@ def moved(old: Cut, new: Cut, rank: int) -> Halo:
     )
     start, stop = both(rank, rank)
     return Halo(sends, receives, (start, max(start, stop)))
-
-
-def through(border: int, steps: Sequence[Callable[[int], int]]) -> int:
-    """A border after several changes of the rate."""
-    for step in steps:
-        border = step(border)
-    return border

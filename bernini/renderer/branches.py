@@ -118,7 +118,8 @@ def _placed(
 ) -> Placement:
     """Decided alike by all ranks, which first tell each other what they know."""
     group = share.group
-    if group.size == 1 or not share.branches or len(distinct) < 2:
+    machine = MACHINES.get(latent.device.type)
+    if group.size == 1 or not share.branches or len(distinct) < 2 or machine is None:
         return together(len(distinct), group.size)
     itemsize = next(iter(texts.values())).element_size()
     works = tuple(Work(one.layout.tokens, len(texts[one.text]), latent.numel() * itemsize) for one in distinct)
@@ -126,17 +127,20 @@ def _placed(
     if any(theirs != works for theirs, _ in told):
         raise ValueError(f"branches: ranks have different ones: {[theirs for theirs, _ in told]}")
     model = Model(config.num_layers, config.width, config.ffn_dim, config.num_attention_heads, itemsize)
-    machine = MACHINES.get(latent.device.type, MACHINES["cuda"])
     return place(Costs(works, group.size, model, machine, share.least, min(cap for _, cap in told)))
 
 
 def _most_tokens(device: torch.device, config: RendererConfig, itemsize: int) -> float:
     """Tokens of a branch for which a GPU has room: the residual stream in float32 twice, q, k, v, result, norm, and the
-    feed-forward's hidden values twice. No limit on a CPU, which swaps before it fails."""
+    feed-forward's hidden values twice. No limit on a CPU, which swaps before it fails.
+
+    Room is what no tensor has now, whatever torch keeps for later: equal requests find the same.
+    """
     if device.type != "cuda":
         return float("inf")
     each = config.width * (2 * 4 + 5 * itemsize) + 2 * config.ffn_dim * itemsize
-    return HELD * torch.cuda.mem_get_info(device)[0] / each
+    room = torch.cuda.mem_get_info(device)[1] - torch.cuda.memory_allocated(device)
+    return HELD * room / each
 
 
 def _input(

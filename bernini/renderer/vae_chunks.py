@@ -57,8 +57,7 @@ def decoded(vae: VideoAutoencoder, latent_CTHW: Tensor) -> Iterator[Tensor]:
     for part in vae.decode_pieces(latent_CTHW):
         own = part.own[0]
         rows = from_model(own) if own.shape[1] else torch.empty((0, *own.shape[2:], 3), dtype=torch.uint8)
-        sizes = [stop - start for start, stop in zip(part.cut, part.cut[1:], strict=False)]
         if own.device.type != "cpu" and vae.group.size > 1:
-            yield vae.group.gather(rows.to(own.device), sizes).cpu()
+            yield vae.group.gather(rows.to(own.device), part.sizes).cpu()
         else:
-            yield vae.group.gather(rows, sizes)
+            yield vae.group.gather(rows, part.sizes)

@@ -49,7 +49,7 @@ class Keeping:
 
     def __call__(self, name: str) -> AbstractContextManager[Any]:
         """Around a forward that calls all of these blocks. Backward may come behind it."""
-        return self._offloads.get(name) or nullcontext()
+        return self._offloads[name] if self._offloads else nullcontext()
 
 
 def _arena(gib: float) -> Arena:

@@ -176,6 +176,8 @@ class Trainer:
                 self._finite(means, batch)
                 total.backward()
                 self.weights.collect()
+            if self.recipe.batch.fit and self.mesh.device.type == "cuda":
+                torch.cuda.synchronize(self.mesh.device)  # what is only queued has taken no time yet
             self._spent.append(time.perf_counter() - begun)
         self.weights.sum(self.mesh.world)
         norm = self._value(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -95,6 +97,34 @@ def test_micro_batches_have_heights_of_their_own() -> None:
     items = [Item(60_000, 8.0)] * 4 + [Item(30_000, 2.0)] * 8
     got = place(items, 4, cap_tokens=60_000, micros=2)
     assert got.seconds == pytest.approx(12.0) and all(piece.size == 1 for pieces in got.micros for piece in pieces)
+
+
+def test_thousands_of_light_items_take_no_memory() -> None:
+    """Exchanges look at the heaviest of a bin, not at all pairs of all that it has."""
+    items = [Item(100, 1.0)] * 9 + [Item(1, 1e-5)] * 2000 + [Item(1, 0.0)] * 2000
+    tracemalloc.start()
+    got = place(items, 8, cap_tokens=FREE)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    check(items, got, 8, 1, FREE)
+    assert peak < 40e6 and got.seconds == pytest.approx(2.0, rel=0.01)
+
+
+@pytest.mark.parametrize(("room", "over"), [(1.02, 0.01), (1.1, 0.005)])
+def test_a_cap_that_leaves_little_room(room: float, over: float) -> None:
+    items = list(islice(bench._many(512), 512))
+    cap = int(room * sum(item.tokens for item in items) / 64)
+    got = place(items, 64, cap_tokens=cap)
+    check(items, got, 64, 1, cap)
+    assert got.seconds < (1 + over) * lower_bound(items, 64, cap_tokens=cap)
+
+
+def test_few_items_in_many_micro_batches() -> None:
+    """Four a rank and micro-batch, a thousand times as heavy one as another: cut until they are even."""
+    items = list(islice(bench._many(1024), 1024))
+    got = place(items, 64, cap_tokens=FREE, micros=4)
+    check(items, got, 64, 4, FREE)
+    assert got.seconds < 1.005 * lower_bound(items, 64, cap_tokens=FREE, micros=4)
 
 
 def test_what_a_group_costs_is_counted_and_avoided() -> None:

@@ -523,11 +523,11 @@ def test_who_waits_for_what_has_left_waits_in_no_circle() -> None:
     """0 waits for what 1 began to send, and 1 for 0 in another group, with more begun behind it: 0 will come."""
     note = calls.Note(1, "float32", (3,), 3)
     here, there = trace.Trace((0, 1), 0), trace.Trace((0, 1), 1)
-    number = here.begin("start", [], [note], False)
+    begun = here.begin("start", [], [note], False)
     here.end()
     here.begin("start", [], [note], False)
     here.end()
-    here.resume(number)
+    here.resume(begun)
     other = trace.Trace((1, 0), 0)
     other.begin("tell", [], [], True)
     late = trace.Trace((1, 0), 1)
@@ -538,6 +538,11 @@ def test_who_waits_for_what_has_left_waits_in_no_circle() -> None:
     views[1] = [other.view(), there.view()]
     assert calls.circle(views, 0) == []
     assert "call 1, start" in here.view(1).where
+    here.end()
+    for _ in range(trace.KEPT):
+        here.begin("start", [], [note], False)
+    here.resume(begun)
+    assert "call 1, start" in here.view().where  # however long ago it was begun
 
 
 def test_ranks_that_begin_different_messages_are_told() -> None:

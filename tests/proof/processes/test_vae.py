@@ -242,7 +242,7 @@ def test_processes_that_share_a_request_get_the_bytes_of_one(ranks: int) -> None
 
 
 def test_other_forms_are_left_to_diffusers() -> None:
-    from diffusers import AutoencoderKLWan
+    from diffusers import AutoencoderKL, AutoencoderKLWan
 
     case = Case(7, 2, 1)
     assert can(case.model)
@@ -255,6 +255,17 @@ def test_other_forms_are_left_to_diffusers() -> None:
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4, in_channels=12, out_channels=12, patch_size=2,
     )  # fmt: skip
     assert not can(later)
+    assert not can(AutoencoderKL())
+
+
+def test_what_cannot_be_encoded_is_told() -> None:
+    case = Case(1, 3, 1)
+    with pytest.raises(ValueError, match="most: 0 latent frames of a rank"):
+        TemporalVAE(case.model, most=0)
+    with pytest.raises(ValueError, match="0 frames; there has to be one"):
+        next(case.vae().encode(lambda start, stop: case.pixels[:, :, start:stop], 0))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"pixels\(0, 1\) gave 3 frames and not 1"):
+        next(case.vae().encode(lambda start, stop: case.pixels[:, :, :3], case.frames))
 
 
 # --- real processes ---------------------------------------------------------------------------------------------------
