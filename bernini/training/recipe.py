@@ -166,6 +166,8 @@ class Recipe:
         ema: decay of the averaged weights, which are what is exported; 0 for none.
         least_psnr: of stage II and III: how good the autoencoder must be, in dB, by what its own training noted.
         copies: noisy copies of a masked ViT embedding in the decoder's loss.
+        mask_ratio: (alpha, beta) of the mask ratio's Beta distribution, for all tasks; empty for those of the paper's
+            table 3, which is stage I's. What is masked is planned, and in stage III the renderer reads what is not.
         save_every, keep, log_every, samples_every: in steps, and how many checkpoints stay.
     """
 
@@ -183,6 +185,7 @@ class Recipe:
     ema: float = 0.9999
     least_psnr: float = 0.0
     copies: int = 16
+    mask_ratio: tuple[float, ...] = ()
     save_every: int = 1000
     keep: int = 2
     log_every: int = 10
@@ -354,6 +357,8 @@ def _check(recipe: Recipe, path: str) -> None:
     for key in ("lr", "clip", "eps"):
         if not 0 < getattr(recipe.optimizer, key) < float("inf"):
             refuse(f"optimizer.{key}", getattr(recipe.optimizer, key), "positive")
+    if len(recipe.mask_ratio) not in (0, 2) or not all(0 < number < float("inf") for number in recipe.mask_ratio):
+        refuse("mask_ratio", list(recipe.mask_ratio), "two positive numbers, or empty")
     if not 0 <= recipe.noise.low < recipe.noise.high <= 1:
         refuse("noise", f"from {recipe.noise.low} to {recipe.noise.high}", "a range inside of 0 to 1")
     for key in ("text", "image", "video", "plan"):

@@ -134,3 +134,19 @@ def test_a_batch_of_understanding_alone_is_packed_too(kind: str, model: Path, fe
     opened = Opened(kind, "fp64", model, features)
     talks = [example for example in opened.examples if example.target is None]
     assert_same(opened.run([opened.micro(talks)]), opened.run([opened.micro([talk]) for talk in talks]), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "share"), [((1e4, 1e-2), (1.0, 1.0)), ((1.0, 1.0), (0.1, 0.9)), ((1.0, 1e4), (0.0, 0.2))]
+)
+def test_a_mask_ratio_of_the_recipe(
+    ratio: tuple[float, float], share: tuple[float, float], model: Path, features: Path
+) -> None:
+    """Instead of the paper's, which hides more than nine of ten; one token of each target is always masked."""
+    opened = Opened("joint", "fp32", model, features, mask_ratio=ratio)
+    masked = opened.micro(opened.examples).content.talk.draws.masked
+    assert share[0] <= float(masked.double().mean()) <= share[1]
+    assert (
+        float(Opened("joint", "fp32", model, features).micro(opened.examples).content.talk.draws.masked.double().mean())
+        > 0.7
+    )

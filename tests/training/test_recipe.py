@@ -59,6 +59,8 @@ def test_values_defaults_and_overrides(file: Path) -> None:
         ("noise.low=1.5", "a range inside"),
         ("ema=1", "below 1"),
         ("dropout.text=2", "a probability"),
+        ("mask_ratio=[1]", "two positive numbers, or empty"),
+        ("mask_ratio=[0, 1]", "two positive numbers, or empty"),
     ],
 )
 def test_wrong_values_say_what_is_wrong(file: Path, override: str, words: str | None) -> None:

@@ -6,7 +6,7 @@ The vision tower stays as it is: its embeddings are what is planned.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -123,7 +123,11 @@ class PlannerDraws:
         if isinstance(steps, int):
             steps = [steps] * len(examples)
         shown = tuple(dropped(self._recipe, example, step) for example, step in zip(examples, steps, strict=True))
-        batch = pack([sample(self._opened.template, example, end=self._opened.end) for example in shown])
+        samples = [sample(self._opened.template, example, end=self._opened.end) for example in shown]
+        if self._recipe.mask_ratio:
+            alpha, beta = self._recipe.mask_ratio
+            samples = [one if one.targets is None else replace(one, mask_ratio=(alpha, beta)) for one in samples]
+        batch = pack(samples)
         seeds = [
             generator(self._recipe.seed, example.key, step, "mask") for example, step in zip(shown, steps, strict=True)
         ]
