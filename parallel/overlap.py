@@ -12,6 +12,8 @@ tensor yet: an edge of the graph is a *ticket*, a tensor without elements, and t
 
 A chunk has whole groups of key heads, so its attention and the sums of its gradients are those of the band.
 
+Shapes: T own tokens, N width of the model, H heads, D their width, as the names of tensors end.
+
 Source: facts on systems, sections 0.4 and 3.
 """
 

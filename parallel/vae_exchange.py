@@ -3,6 +3,8 @@
 The halo of a convolution is started, something else is computed, and then it is waited for. In the backward the
 halo's gradient is on its way to the rank that it came from as soon as it is known, while the interior's is computed;
 that rank adds it to what it has. A rank without frames takes part in every exchange.
+
+Shapes: ``[B, C, frames, H, W]``; on their way with channels last where the layers keep them so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The frames of one rank on their way through the layers of a Wan VAE; see :mod:`bernini.parallel.vae`."""
+"""The frames of one rank on their way through the layers of a Wan VAE; see :mod:`bernini.parallel.vae`.
+
+Shapes: ``[B, C, own frames, H, W]`` everywhere; a rank may have no frames. Resampling doubles or halves H, W and, where
+it has a ``time_conv``, the frames, and :attr:`Walk.cut` with them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The branches of a plan as the model sees them, where each is computed, and what all of them say at a step."""
+"""The branches of a plan as the model sees them, where each is computed, and what all of them say at a step.
+
+Shapes: the target's latent and what a branch predicts for it are ``[target tokens, values of a patch]``; a branch's own
+input has a row for each token that this rank has of its sources and target.
+"""
 
 from __future__ import annotations
 
