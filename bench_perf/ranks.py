@@ -46,12 +46,16 @@ def ask(module: str, size: int = 2) -> tuple[Any, str | None]:
     return found, watch.unfit
 
 
-def answer(work: Callable[[Group], Any]) -> None:
-    """What each of these processes does: the first writes down what its ``work`` found."""
+def answer(work: Callable[[Group], Any], *, own_core: bool = False) -> None:
+    """What each of these processes does, all its threads on a core of its own if asked for: the first writes down what
+    its ``work`` found."""
     import torch
     import torch.distributed as dist
 
     rank, size, meeting, result = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    if own_core:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     found = work(Processes())

@@ -109,29 +109,27 @@ def _first(
     """Places pieces of one size among ``len(loads)`` groups, whose loads and tokens it brings up to date."""
     counts = pieces.tokens[which]
     least = np.minimum.accumulate(counts[::-1])[::-1].tolist()  # of a piece and all behind it
-    full = tokens if by_tokens else loads
-    heap: list[tuple[float, int]] = list(zip(full.tolist(), range(len(full)), strict=True))
+    load, used = loads.tolist(), tokens.tolist()  # the same once more: lists are read faster
+    full, fulls = (used, tokens) if by_tokens else (load, loads)
+    heap: list[tuple[float, int]] = list(zip(full, range(len(full)), strict=True))
     heapify(heap)
     for piece, own, count, small in zip(
         which.tolist(), pieces.loads[which].tolist(), counts.tolist(), least, strict=True
     ):
         # What was placed past the top of the heap left old entries; a bin that nothing else fits is done with.
-        while heap and (heap[0][0] != full[heap[0][1]] or tokens[heap[0][1]] + small > cap):
+        while heap and (heap[0][0] != full[heap[0][1]] or used[heap[0][1]] + small > cap):
             heappop(heap)
         if not heap:
             return False
-        at = heap[0][1]
-        if tokens[at] + count > cap:
-            at = int(np.where(tokens + count <= cap, full, np.inf).argmin())
-            if tokens[at] + count > cap:
+        top = at = heap[0][1]
+        if used[top] + count > cap:
+            at = int(np.where(tokens + count <= cap, fulls, np.inf).argmin())
+            if used[at] + count > cap:
                 return False
-        loads[at] += own
-        tokens[at] += count
-        places[piece] = at
-        if heap[0][1] == at:
-            heapreplace(heap, (float(full[at]), at))
-        else:
-            heappush(heap, (float(full[at]), at))
+        load[at] += own
+        used[at] += count
+        loads[at], tokens[at], places[piece] = load[at], used[at], at
+        (heapreplace if at == top else heappush)(heap, (full[at], at))
     return True
 
 
