@@ -21,12 +21,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import words
-from .scene import BACKGROUNDS, COLORS, FRAMES, MOTIONS, RADII, SHAPES, SIZE, Frames, Scene, Thing, digits, draw
+from .scene import (
+    BACKGROUNDS,
+    COLORS,
+    FRAMES,
+    GRID,
+    MOTIONS,
+    RADII,
+    SHAPES,
+    SIZE,
+    SPEEDS,
+    Frames,
+    Scene,
+    Thing,
+    digits,
+    draw,
+)
 
 TASKS = ("t2i", "t2v", "i2i", "v2v", "i2v", "r2v", "rv2v", "understanding")
 SPLITS = ("train", "test", "unseen")
 EDITS = ("recolor", "background", "shape", "size", "motion", "remove", "add")
 """Of videos; pictures have no motion to change."""
+
+STRESSED = ("shape", "shape")
+"""Edits that come up so many times more in training: the ones that are hardest to learn."""
 
 WITHHELD = frozenset(
     {("red", "circle"), ("blue", "square"), ("green", "ring"), ("yellow", "cross"), ("purple", "triangle")}
@@ -88,7 +106,8 @@ def sample(task: str, seed: int, split: str = "train", *, edit: str | None = Non
     rng = np.random.default_rng([SPLITS.index(split), TASKS.index(task), seed])
     maker = _Maker(rng, split)
     if possible:
-        chosen = words.pick(rng, possible)  # drawn in any case, so that asking for one changes nothing else
+        often = STRESSED if split == "train" else ()
+        chosen = words.pick(rng, (*possible, *often))  # drawn in any case, so that asking for one changes nothing else
         return _edited(maker, task, seed, edit or chosen)
     made = {"t2i": _from_text, "t2v": _from_text, "i2v": _animated, "r2v": _referred, "rv2v": _replaced}
     return made.get(task, _understood)(maker, task, seed)
@@ -150,15 +169,14 @@ class _Maker:
         shape, color, digit = self.look(shapes, asked_for=asked_for)
         motion = words.pick(rng, tuple(MOTIONS)) if motion is None else motion
         size = words.pick(rng, tuple(RADII)) if size is None else size
-        speed = float(rng.uniform(1, 2)) if motion != "still" else 0.0
-        return self.placed(Thing(shape, color, size, motion, (0.0, 0.0), speed, digit))
+        return self.placed(Thing(shape, color, size, motion, (0.0, 0.0), _speed(rng, motion, size), digit))
 
     def placed(self, thing: Thing) -> Thing:
-        """Somewhere else."""
+        """Somewhere else on the grid."""
         start = []
         for step in MOTIONS[thing.motion]:
             way = step * thing.speed * (FRAMES - 1)
-            start.append(float(self.rng.uniform(thing.radius - min(way, 0), SIZE - thing.radius - max(way, 0))))
+            start.append(_on_grid(self.rng, thing.radius - min(way, 0), SIZE - thing.radius - max(way, 0)))
         return replace(thing, start=(start[0], start[1]))
 
     def background(self, other_than: str = "") -> str:
@@ -181,6 +199,17 @@ class _Maker:
             if clear and other.shape != main.shape and other.color != main.color:
                 return other
         return None
+
+
+def _speed(rng: np.random.Generator, motion: str, size: str) -> float:
+    """One of those with which a thing of that size can cross the picture and stay in it."""
+    fitting = [speed for speed in SPEEDS if speed * (FRAMES - 1) <= SIZE - 2 * RADII[size]]
+    return fitting[int(rng.integers(len(fitting)))] if motion != "still" else 0.0
+
+
+def _on_grid(rng: np.random.Generator, low: float, high: float) -> float:
+    """``low`` or some steps of the grid behind it, at most ``high``."""
+    return low + GRID * int(rng.integers(int((high - low) // GRID) + 1))
 
 
 def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
@@ -234,13 +263,14 @@ def _edited(maker: _Maker, task: str, seed: int, edit: str) -> Sample:
         after = replace(after, background=maker.background(before.background))
     elif edit == "size":
         other = {"small": "large", "large": "small"}[start.size]
+        start = replace(start, speed=_speed(rng, start.motion, "large"))  # at which both sizes stay in the picture
         result = _inside(replace(start, size=other))
         start = _inside(replace(start, start=result.start))  # in one place, where there is room for both
         before, after = replace(before, things=(start,)), replace(before, things=(result,))
     elif edit == "motion":
         motions = [m for m in MOTIONS if m != start.motion]
         moved = replace(start, motion=words.pick(rng, motions))
-        moved = replace(moved, speed=float(rng.uniform(1, 2)) if moved.motion != "still" else 0.0)
+        moved = replace(moved, speed=_speed(rng, moved.motion, moved.size))
         # Both begin at one place, from which both ways stay in the picture.
         start, moved = _together(rng, start, moved)
         before, after = replace(before, things=(start,)), replace(before, things=(moved,))
@@ -276,20 +306,17 @@ def _inside(thing: Thing) -> Thing:
 
 
 def _together(rng: np.random.Generator, one: Thing, other: Thing) -> tuple[Thing, Thing]:
-    """Both at one place from which both stay in the picture; slower where there would be none."""
-    start, speeds = [], (one.speed, other.speed)
-    free = SIZE - 2 * one.radius
-    for steps in zip(MOTIONS[one.motion], MOTIONS[other.motion], strict=True):
-        ways = [step * speed * (FRAMES - 1) for step, speed in zip(steps, speeds, strict=True)]
-        span = max(*ways, 0) - min(*ways, 0)
-        if span > free:  # opposite ways: each has half of the room
-            speeds = tuple(speed * free / span for speed in speeds)  # type: ignore[assignment]
-    for steps in zip(MOTIONS[one.motion], MOTIONS[other.motion], strict=True):
-        ways = [step * speed * (FRAMES - 1) for step, speed in zip(steps, speeds, strict=True)]
-        low, high = one.radius - min(*ways, 0), SIZE - one.radius - max(*ways, 0)
-        start.append(float(rng.uniform(low, max(low, high))))
-    place = (start[0], start[1])
-    return replace(one, start=place, speed=speeds[0]), replace(other, start=place, speed=speeds[1])
+    """Both at one place from which both stay in the picture; at half the speed, and again, until there is one."""
+    while True:
+        rooms = []
+        for steps in zip(MOTIONS[one.motion], MOTIONS[other.motion], strict=True):
+            ways = (0.0, *(s * thing.speed * (FRAMES - 1) for s, thing in zip(steps, (one, other), strict=True)))
+            rooms.append((one.radius - min(ways), SIZE - one.radius - max(ways)))
+        if all(low <= high for low, high in rooms):
+            break
+        one, other = replace(one, speed=one.speed / 2), replace(other, speed=other.speed / 2)
+    x, y = (_on_grid(rng, low, high) for low, high in rooms)
+    return replace(one, start=(x, y)), replace(other, start=(x, y))
 
 
 def _referred(maker: _Maker, task: str, seed: int) -> Sample:

@@ -9,13 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, launch
-from . import quack, reference
+from ..native import loader
+from . import native, quack, reference
+
+_TWIN = (torch.float32, torch.bfloat16)
 
 
-def _torch_rms_norm(x: Tensor, weight: Tensor | None, eps: float, rounding: str) -> Tensor:
-    """torch's own CPU kernel, which is the native door of this family."""
+def _on_cpu(x: Tensor, weight: Tensor | None, eps: float, rounding: str) -> Tensor:
+    """torch's own CPU kernel where x and weight are of one dtype; the C++ twin for a float32 weight on bfloat16."""
     if weight is None or weight.dtype == x.dtype:
         return F.rms_norm(x, x.shape[-1:], weight, eps).contiguous()
+    if x.dtype in _TWIN and not loader.missing():
+        return native.rms_norm(x, weight, eps, rounding)
     return reference.rms_norm(x, weight, eps, rounding)
 
 
@@ -23,7 +28,11 @@ dispatch.provide("rms_norm", quack.implementation(quack.rms_norm))
 dispatch.provide("rms_norm_backward", quack.implementation(quack.rms_norm_backward))
 for _op in ("rms_norm", "rms_norm_backward"):
     dispatch.provide(_op, launch.triton_implementation(__package__, _op))
-dispatch.provide("rms_norm", dispatch.Implementation("native", _torch_rms_norm, devices=("cpu",)))
+dispatch.provide("rms_norm", dispatch.Implementation("native", _on_cpu, devices=("cpu",)))
+dispatch.provide(
+    "rms_norm_backward",
+    dispatch.Implementation("native", native.rms_norm_backward, devices=("cpu",), dtypes=_TWIN, missing=loader.missing),
+)
 dispatch.provide("rms_norm", dispatch.Implementation("reference", reference.rms_norm))
 dispatch.provide("rms_norm_backward", dispatch.Implementation("reference", reference.rms_norm_backward))
 

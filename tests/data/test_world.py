@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bernini.data import words, world
-from bernini.data.scene import BACKGROUNDS, COLORS, FRAMES, MOTIONS, SHAPES, SIZE, Scene, Thing, draw
+from bernini.data.scene import BACKGROUNDS, COLORS, FRAMES, GRID, MOTIONS, SHAPES, SIZE, Scene, Thing, draw
 from bernini.data.world import EDITS, SPLITS, TASKS, WITHHELD, Sample, sample
 
 pytest.importorskip("sklearn", reason="needs scikit-learn, whose digits are drawn")
@@ -65,6 +65,8 @@ def test_what_a_sample_has(task: str, split: str) -> None:
                 assert not moving
             assert all(r - 1e-9 <= at <= SIZE - r + 1e-9 for place in path for at in place)
             assert (thing.speed > 0.3) == moving
+            edges = [at - r for place in (path[0], path[-1]) for at in place]
+            assert all(edge % GRID == pytest.approx(0) for edge in edges)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -131,7 +133,7 @@ def test_a_reference_is_what_is_put_in() -> None:
 
 
 def test_pixels_are_those_of_the_scene() -> None:
-    thing = Thing("square", "red", "large", "right", (9.0, 16.0), 1.5)
+    thing = Thing("square", "red", "large", "right", (11.0, 16.0), 1.25)
     frames = draw(Scene("navy", (thing,)))
     for frame in range(FRAMES):
         x, y = thing.place(frame)
@@ -141,7 +143,7 @@ def test_pixels_are_those_of_the_scene() -> None:
         outside[top:bottom, left:right] = False
         assert (frames[frame][outside] == BACKGROUNDS["navy"]).all()
         covered = (frames[frame].astype(float) - BACKGROUNDS["navy"])[..., 0].sum() / (220 - 15)
-        assert covered == pytest.approx((0.9 * 2 * 7.5) ** 2, rel=0.03), "edges are smooth"
+        assert covered == pytest.approx((0.9 * 2 * thing.radius) ** 2, rel=0.03), "edges are smooth"
     circle = draw(Scene("black", (Thing("circle", "blue", "large", "still", (16.0, 16.0)),)), 1)[0]
     assert np.array_equal(circle, circle[::-1]) and np.array_equal(circle, circle[:, ::-1])
     areas = {}

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bernini.kernels import rms_norm
+from bernini.kernels import rms_norm, which
+from bernini.kernels.native import loader
 from bernini.kernels.rms_norm import reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -166,10 +167,53 @@ def test_backward_is_autograd_of_the_reference(shape, dtype, weight_dtype, layou
         torch.testing.assert_close(grad.double(), expected, rtol=coarse, atol=coarse * size)
 
 
+needs_library = pytest.mark.skipif(loader.missing() is not None, reason=f"the native library {loader.missing()}")
+
+
+def gradients(door: str, x: Tensor, weight: Tensor | None, dy: Tensor) -> tuple[Tensor, ...]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BERNINI_KERNELS", door)
+        return tuple(torch.ops.bernini.rms_norm_backward(dy, x, weight, 1e-6))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width"), [(0, 8), (1, 1), (31, 17), (300, 192), (2000, 33), (40, 5120)])
+def test_the_twin_rounds_once(dtype, weight_dtype, tokens, width):
+    x, dy = torch.randn(tokens, width).to(dtype), torch.randn(tokens, width).to(dtype)
+    weight = None if weight_dtype is None else torch.randn(width).to(weight_dtype)
+    wide = [None if t is None else t.double() for t in (dy, x, weight)]
+    exact = reference.rms_norm_backward(*wide, 1e-6)
+    for actual, true, terms in zip(gradients("native", x, weight, dy), exact, (1, tokens), strict=True):
+        if true.numel():
+            best = (true.to(actual.dtype).double() - true).abs()
+            # A gradient is a difference of terms as large as its largest; of a sum they add up like a random walk.
+            room = 32 * 2.0**-24 * max(4.0, float(true.abs().max())) * max(1, terms) ** 0.5
+            assert float(((actual.double() - true).abs() - best).max()) <= room
+
+
+@needs_library
+def test_the_twin_has_the_same_bits_on_any_number_of_threads():
+    x, dy, weight = torch.randn(999, 192).bfloat16(), torch.randn(999, 192).bfloat16(), torch.randn(192)
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append((rms_norm(x, weight), *gradients("native", x, weight, dy)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_library
+def test_the_twin_serves_training():
+    assert which("rms_norm_backward", dtype=torch.bfloat16) == which("rms_norm_backward") == "native"
+    assert which("rms_norm_backward", dtype=torch.float64) == "reference"
+
+
 # --- contracts -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("door", ["", "reference"])  # unforced is native forward; backward has the reference only
+@pytest.mark.parametrize("door", ["", "reference"])  # unforced is native where the library is
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_opcheck(door, layout, monkeypatch):
     monkeypatch.setenv("BERNINI_KERNELS", door)

@@ -112,19 +112,23 @@ class VaeStage:
     def measure(self, folder: Path) -> None:
         """Adds the mean and deviation of its latents per channel, which the renderer's latents are normalised by, and
         the PSNR of its reconstructions, to a checkpoint. Both are of examples that come after those of the training."""
-        model, latents, errors = load_vae(folder).model, list[Tensor](), list[float]()
+        model, errors = load_vae(folder).model, list[float]()
+        latents, spreads = list[Tensor](), list[Tensor]()
         step = self._recipe.steps
         while len(errors) < MEASURED:
             for pixels in self._pixels(step).values():
                 clean = pixels[None].to(model.device, model.dtype)
-                latent = model.encode(clean).latent_dist.mode()
-                errors.append(float((model.decode(latent).sample.clamp(-1, 1) - clean).square().mean()) / 4)
-                latents.append(latent[0].flatten(1).T.double())
+                posterior = model.encode(clean).latent_dist
+                error = model.decode(posterior.mode()).sample.clamp(-1, 1) - clean
+                errors.append(float(error.square().mean()) / 4)
+                latents.append(posterior.mean[0].flatten(1).T.double())
+                spreads.append(posterior.var[0].flatten(1).T.double())
             step += 1
-        values = torch.cat(latents)
+        means, variances = torch.cat(latents), torch.cat(spreads)
+        deviation = (means.var(0) + variances.mean(0)).sqrt()  # of samples, which the renderer learns from
         psnr = sum(-10 * math.log10(max(error, 1e-12)) for error in errors) / len(errors)
         place = component_folder(folder, "vae")
-        found = {"latents_mean": values.mean(0).tolist(), "latents_std": values.std(0).tolist()}
+        found = {"latents_mean": means.mean(0).tolist(), "latents_std": deviation.tolist()}
         write_json(place / "config.json", {**read_json(place / "config.json"), **found})
         write_json(place / QUALITY, {"psnr": round(psnr, 2), "videos": len(errors)})
 
