@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 RUNS = {
-    "vae": ("loss",), "vae-finish": ("loss",), "understanding": ("text",),
-    "planner": ("visual", "text"), "renderer": ("dit",), "joint": ("dit", "visual", "text"),
+    "vae": ("loss",), "understanding": ("text",), "pictures": ("dit",), "renderer": ("dit",),
+    "planner": ("visual", "text"), "joint": ("dit", "visual", "text"),
 }  # fmt: skip
 """Losses that are drawn, by run."""
 

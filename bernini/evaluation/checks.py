@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..data import words
-from ..data.scene import SIZE, Frames, Scene, Thing, digits
+from ..data.scene import Frames, Scene, Thing, digits
 from ..data.world import Sample, edited_region
 from .identity import Match, identify, identify_found
 from .measure import Found, Mask, View, view
@@ -176,8 +176,8 @@ def _boxes(found: Found, thing: Thing) -> Mask:
     for frame, (x, y) in enumerate(found.path):
         if np.isfinite(x):
             left, top, right, bottom = replace(thing, start=(x, y), motion="still").box(0)
-            # A triangle's middle is 2 pixels from that of its box.
-            region[frame, max(top - 2, 0) : min(bottom + 2, SIZE), max(left - 2, 0) : min(right + 2, SIZE)] = True
+            rim = round(0.3 * thing.radius)  # so far is a triangle's middle from that of its box
+            region[frame, max(top - rim, 0) : bottom + rim, max(left - rim, 0) : right + rim] = True
     return region
 
 
