@@ -1,4 +1,4 @@
-"""RMSNorm over Wan's width. On a CPU torch's own kernel is ours, too: ours must only not lose by its wrapping."""
+"""RMSNorm over Wan's width, forward and backward."""
 
 from __future__ import annotations
 

@@ -16,11 +16,12 @@ _TWIN = (torch.float32, torch.bfloat16)
 
 
 def _on_cpu(x: Tensor, weight: Tensor | None, eps: float, rounding: str) -> Tensor:
-    """torch's own CPU kernel where x and weight are of one dtype; the C++ twin for a float32 weight on bfloat16."""
-    if weight is None or weight.dtype == x.dtype:
-        return F.rms_norm(x, x.shape[-1:], weight, eps).contiguous()
-    if x.dtype in _TWIN and not loader.missing():
+    """The C++ twin, or torch's own kernel where its bits are asked for (eager) or the twin cannot serve."""
+    plain = weight is None or weight.dtype == x.dtype
+    if x.dtype in _TWIN and not (plain and rounding == "eager") and not loader.missing():
         return native.rms_norm(x, weight, eps, rounding)
+    if plain:
+        return F.rms_norm(x, x.shape[-1:], weight, eps).contiguous()
     return reference.rms_norm(x, weight, eps, rounding)
 
 
