@@ -21,9 +21,9 @@ from .shipped import shipped
 CAPTION = "the toy that comes with the package, on scenes that it has never seen"
 
 SCENES: Mapping[str, Scene] = {
-    "circle.mp4": Scene("olive", (Thing("circle", "red", "large", "right", (9.0, 16.0), 1.5),)),
-    "square.png": Scene("gray", (Thing("square", "green", "large", "still", (14.0, 17.0)),)),
-    "triangle.png": Scene("white", (Thing("triangle", "purple", "large", "still", (16.0, 15.0)),)),
+    "circle.mp4": Scene("olive", (Thing("circle", "red", "large", "right", (10.0, 18.0), 1.0),)),
+    "square.png": Scene("gray", (Thing("square", "green", "large", "still", (14.0, 18.0)),)),
+    "triangle.png": Scene("white", (Thing("triangle", "purple", "large", "still", (14.0, 14.0)),)),
 }
 """What is drawn, by file."""
 
