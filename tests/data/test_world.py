@@ -115,6 +115,12 @@ def test_an_edit_changes_what_it_says_and_nothing_else(edit: str) -> None:
             assert not np.array_equal(made.videos[0], made.target)
 
 
+def test_what_is_hard_comes_up_more_often_in_training() -> None:
+    shares = {split: [sample("i2i", seed, split).edit for seed in range(300)].count("shape") / 300 for split in SPLITS}
+    assert shares["train"] == pytest.approx(3 / 8, abs=0.09)
+    assert shares["test"] == pytest.approx(1 / 6, abs=0.07) and shares["unseen"] == pytest.approx(1 / 6, abs=0.07)
+
+
 def test_a_reference_is_what_is_put_in() -> None:
     for seed in FEW:
         made = sample("rv2v", seed)
