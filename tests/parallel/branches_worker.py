@@ -27,9 +27,14 @@ RUNS: dict[str, tuple[int, Sequence[str]]] = {
 
 def work(folder: Path, name: str, rank: int, port: int) -> int:
     """One rank of a run."""
+    import torch
+
     from bernini import cli
     from bernini.parallel import branches
 
+    # Here, on one thread: where two that load weights come first, torch's pool, which a fork leaves broken, is renewed
+    # by the one while the other finds none.
+    torch.set_num_threads(torch.get_num_threads())
     size, options = RUNS[name]
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
