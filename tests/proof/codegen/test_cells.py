@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 
@@ -19,6 +20,19 @@ KEYS = [key for key in table.keys(case.cases()) if table.due(key, RECORDED, EVER
 def proved(name: str, target: str, dtype: torch.dtype) -> tuple[checks.Cell, dict[str, str]]:
     """A case as it is: once, however many broken variants are compared with it."""
     return checks.prove(next(one for one in case.cases() if one.name == name), target, dtype)
+
+
+def test_a_figure_may_waver_and_not_more() -> None:
+    key = KEYS[0]
+    cell, _ = proved(key[0].name, *key[1:])
+    for share, found in ((0.01, 0), (0.1, 1)):
+        recorded = copy.deepcopy(RECORDED)
+        kernel = recorded["cells"][table.name(key)]["kernels"][0]
+        kernel["registers"] += max(1, round(share * kernel["registers"]))
+        assert len(table.differences(key, cell, recorded)) == found
+    kernel["registers"] = RECORDED["cells"][table.name(key)]["kernels"][0]["registers"]
+    kernel["spills"] += 1
+    assert len(table.differences(key, cell, recorded)) == 1
 
 
 @pytest.mark.parametrize("key", KEYS, ids=table.name)
