@@ -39,7 +39,7 @@ RADII: dict[str, float] = {"small": 6.0, "large": 10.0}
 GRID = 4
 """The edges of things begin at multiples of so many pixels: whole cells of the toy's autoencoder."""
 SPEEDS = (1.0, 2.0)
-"""Pixels per frame. What moves is on the grid again after 4 frames, which are one latent."""
+"""Pixels per frame. What moves is on the grid again after 4 frames, which are one latent; at half a speed after 8."""
 MOTIONS: dict[str, tuple[int, int]] = {
     "still": (0, 0),
     "left": (-1, 0),

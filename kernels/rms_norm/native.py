@@ -30,14 +30,14 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _run(name: str, x: Tensor, eps: float, **pointers: Tensor | None) -> None:
+def _run(name: str, x: Tensor, eps: float, *, dy: Tensor | None = None, **pointers: Tensor | None) -> None:
     call = _Call(x=x.data_ptr(), x_step=x.stride(0), eps=eps, bf16=x.dtype == torch.bfloat16)
+    if dy is not None:
+        call.dy, call.dy_step = dy.data_ptr(), dy.stride(0)
     call.tokens, call.width = x.shape
     for field, tensor in pointers.items():
         if tensor is not None:
             setattr(call, field, tensor.data_ptr())
-    if "dy" in pointers and (dy := pointers["dy"]) is not None:
-        call.dy_step = dy.stride(0)
     loader.function(name, None, c_void_p, c_int)(byref(call), torch.get_num_threads())
 
 
