@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -31,6 +32,11 @@ TARGETS = {
 
 # Shared memory a program may use, and multiprocessors of the largest part of each kind.
 PROPERTIES = {"sm_80": (166912, 108), "sm_90": (232448, 132), "sm_100": (232448, 148), "gfx942": (65536, 304)}
+
+
+# Triton finds compiled code by what a kernel's source says and not by where it lies, and the code names lines of files. In
+# the cache that all checkouts share by default it may name the files of another one, perhaps no longer there.
+CACHE = Path(__file__).resolve().parents[2] / "build" / "triton"
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,8 @@ def launches(target: str) -> Iterator[list[Launch]]:
     CompiledKernel._init_handles = remember
     _forget_binaries()
     try:
-        with FakeTensorMode(), warnings.catch_warnings():
+        with FakeTensorMode(), warnings.catch_warnings(), triton.knobs.cache.scope():
+            triton.knobs.cache.dir = str(CACHE)
             # Triton asks a fake tensor for its address to see how it is aligned; the answer 0 is fine.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield log
