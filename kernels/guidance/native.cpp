@@ -157,8 +157,7 @@ BERNINI_INLINE void finish(float* const* outputs, const T* start, const T* base,
     for (int l = 0; l < kAtOnce; ++l) p[l] = chain[l];
     for (int j = 0; j < kOutputs; ++j) out[j] = outputs[j];
     const float *latent = terms[0], *newer = terms[1], *older = terms[2];
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
+    const auto write = [&](int64_t i, int) __attribute__((always_inline)) {
         const float z = latent[i];
         float before = widen(base[i]), sum = kProjected ? of.of_latent * z + of.of_base * before : 0;
         for (int l = 0; l < kAtOnce; ++l) {
@@ -169,7 +168,12 @@ BERNINI_INLINE void finish(float* const* outputs, const T* start, const T* base,
         const float v = widen(start[i]) + sum;  // the large term last, as in guided()
         for (int j = 0; j < kOutputs; ++j)
             out[j][i] = of.rows[j][0] * z + of.rows[j][1] * v + of.rows[j][2] * newer[i] + of.rows[j][3] * older[i];
-    }
+    };
+    // The first pass left all but the history in a cache.
+    in_lanes(count, write, [&](int64_t i) __attribute__((always_inline)) {
+        look_ahead_once(newer + i);
+        look_ahead_once(older + i);
+    });
 }
 
 bool is_usual(const Job& job) {

@@ -89,7 +89,7 @@ BERNINI_INLINE void measure(Sum (*totals)[3], const T* base, const T* const* pre
     const T* p[kLinks];
     for (int l = 0; l < kLinks; ++l) p[l] = predictions[l];
     float squares[kLinks][kLanes] = {}, along[kLinks][kLanes] = {}, size[kLinks][kLanes] = {};
-    in_lanes(count, [&](int64_t i, int lane) __attribute__((always_inline)) {
+    const auto add = [&](int64_t i, int lane) __attribute__((always_inline)) {
         float before = widen(base[i]);
         for (int l = 0; l < kLinks; ++l) {
             const float fresh = widen(p[l][i]);
@@ -101,6 +101,13 @@ BERNINI_INLINE void measure(Sum (*totals)[3], const T* base, const T* const* pre
             size[l][lane] += onto * onto;
             before = fresh;
         }
+    };
+    in_lanes(count, add, [&](int64_t i) __attribute__((always_inline)) {
+        if (i % (64 / static_cast<int64_t>(sizeof(T))) == 0) {
+            look_ahead(base + i);
+            for (int l = 0; l < kLinks; ++l) look_ahead(p[l] + i);
+        }
+        if (kInX0) look_ahead(latent + i);
     });
     for (int l = 0; l < kLinks; ++l) {
         totals[l][0].add(squares[l]);

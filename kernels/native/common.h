@@ -142,18 +142,40 @@ BERNINI_INLINE void prefetch(const T* x, int64_t count) {
     for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + i, 0, 2);
 }
 
+// Asks for one cache line some way ahead, from inside a loop that reads more streams than the processor foresees: into
+// the first cache, or past all others where the line is read this once.
+constexpr int64_t kAhead = 512;  // values
+
+template <typename T>
+BERNINI_INLINE void look_ahead(const T* x) {
+    __builtin_prefetch(x + kAhead, 0, 3);
+}
+
+template <typename T>
+BERNINI_INLINE void look_ahead_once(const T* x) {
+    __builtin_prefetch(x + kAhead, 0, 0);
+}
+
 // --- sums that vectorise and hardly depend on their length -----------------------------------------------------------
 
 constexpr int kLanes = 16;  // strands of a sum: a vector of the widest kind
 
-// Calls step(k, lane) for k in [0, count), lane after lane, so that a sum kept per lane is a vector.
-template <typename Step>
-BERNINI_INLINE void in_lanes(int64_t count, const Step& step) {
+// Calls step(k, lane) for k in [0, count), lane after lane, so that a sum kept per lane is a vector; before each vector
+// but a last short one ahead(k), which may look ahead.
+template <typename Step, typename Ahead>
+BERNINI_INLINE void in_lanes(int64_t count, const Step& step, const Ahead& ahead) {
     const int64_t whole = count / kLanes * kLanes;
-    for (int64_t k = 0; k < whole; k += kLanes)
+    for (int64_t k = 0; k < whole; k += kLanes) {
+        ahead(k);
 #pragma omp simd
         for (int lane = 0; lane < kLanes; ++lane) step(k + lane, lane);
+    }
     for (int64_t k = whole; k < count; ++k) step(k, static_cast<int>(k - whole));
+}
+
+template <typename Step>
+BERNINI_INLINE void in_lanes(int64_t count, const Step& step) {
+    in_lanes(count, step, [](int64_t) __attribute__((always_inline)) {});
 }
 
 // Adds up in double what in_lanes() summed up in float32, a block at a time.
