@@ -34,8 +34,8 @@ TARGETS = {
 PROPERTIES = {"sm_80": (166912, 108), "sm_90": (232448, 132), "sm_100": (232448, 148), "gfx942": (65536, 304)}
 
 
-# Triton finds compiled code by what a kernel's source says and not by where it lies, and the code names lines of files. In
-# the cache that all checkouts share by default it may name the files of another one, perhaps no longer there.
+# Triton finds compiled code by what a kernel's source says and not by where it lies, and the code names lines of files.
+# In the cache that all checkouts share by default it may name the files of another one, perhaps no longer there.
 CACHE = Path(__file__).resolve().parents[2] / "build" / "triton"
 
 
