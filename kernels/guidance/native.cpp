@@ -2,7 +2,7 @@
 //
 // Two passes: the first sums |d|^2, <d, onto> and |onto|^2 of every link d = p[new] - p[old], the second writes the
 // outputs as linear combinations with weights made from the sums. Without a projection the second runs alone. Where
-// every frame has sums of its own, a thread takes a frame through both, so that the second finds it in the cache.
+// every frame has sums of its own, frame after frame goes through both, so that the second finds it in the caches.
 //
 // The sums are taken over the differences themselves, not from products of predictions: the two sides of a link are
 // close, and their products would lose the digits that matter. They run in float32 over short blocks, in float64
@@ -185,11 +185,10 @@ bool is_usual(const Job& job) {
 }
 
 template <int kOutputs, bool kProjected, typename T>
-BERNINI_INLINE void finish_chunk(const Job& job, int64_t frame, int64_t number, float* scratch) {
+BERNINI_INLINE void finish_chunk(const Job& job, int64_t frame, int64_t number, const float* weights, float* scratch) {
     const Call& call = job.call;
     const int64_t links = call.link_count, terms = 2 + call.history_count;
     const int64_t start = frame * call.values, end = start + std::min((number + 1) * job.chunk, call.values);
-    const float* weights = job.weights.data() + frame * (2 * links + 1);
     Shares shares{};
     shares.of_latent = weights[2 * links];
     for (int64_t l = links; l-- > 0;) {  // a prediction is the base and all differences up to it
@@ -217,20 +216,19 @@ BERNINI_INLINE void finish_chunk(const Job& job, int64_t frame, int64_t number, 
 }
 
 template <int kOutputs, typename T>
-BERNINI_INLINE void finish_chunk(const Job& job, int64_t frame, int64_t number, float* scratch) {
-    job.projects ? finish_chunk<kOutputs, true, T>(job, frame, number, scratch)
-                 : finish_chunk<kOutputs, false, T>(job, frame, number, scratch);
+BERNINI_INLINE void finish_chunk(const Job& job, int64_t frame, int64_t number, const float* weights, float* scratch) {
+    job.projects ? finish_chunk<kOutputs, true, T>(job, frame, number, weights, scratch)
+                 : finish_chunk<kOutputs, false, T>(job, frame, number, weights, scratch);
 }
 
 template <typename T>
-BERNINI_INLINE void write_chunk(const Job& job, int64_t frame, int64_t number, float* scratch) {
+BERNINI_INLINE void write_chunk(const Job& job, int64_t frame, int64_t number, const float* weights, float* scratch) {
     const Call& call = job.call;
     if (job.usual)
-        return call.output_count == 2 ? finish_chunk<2, T>(job, frame, number, scratch)
-                                      : finish_chunk<1, T>(job, frame, number, scratch);
+        return call.output_count == 2 ? finish_chunk<2, T>(job, frame, number, weights, scratch)
+                                      : finish_chunk<1, T>(job, frame, number, weights, scratch);
     const int64_t terms = 2 + call.history_count;
     const int64_t start = frame * call.values, end = start + std::min((number + 1) * job.chunk, call.values);
-    const float* weights = job.weights.data() + frame * (2 * call.link_count + 1);
     std::vector<const float*> inputs(terms);
     for (int64_t at = start + number * job.chunk; at < end; at += kBlock) {
         const int64_t count = std::min(kBlock, end - at);
@@ -266,16 +264,17 @@ BERNINI_INLINE void write_chunk(const Job& job, int64_t frame, int64_t number, f
     }
 }
 
-BERNINI_CLONES void write_f32(const Job& job, int64_t frame, int64_t number, float* scratch) {
-    write_chunk<float>(job, frame, number, scratch);
+// `weights`: of the frame.
+BERNINI_CLONES void write_f32(const Job& job, int64_t frame, int64_t number, const float* weights, float* scratch) {
+    write_chunk<float>(job, frame, number, weights, scratch);
 }
 
-BERNINI_CLONES void write_bf16(const Job& job, int64_t frame, int64_t number, float* scratch) {
-    write_chunk<bf16>(job, frame, number, scratch);
+BERNINI_CLONES void write_bf16(const Job& job, int64_t frame, int64_t number, const float* weights, float* scratch) {
+    write_chunk<bf16>(job, frame, number, weights, scratch);
 }
 
 Job prepare(const Call& call) {
-    Job job{call, 0, 1, false, call.apg != kNone && call.eta != 1, false, false, 1, 0, {}, {}, {}};
+    Job job{call, 0, 1, false, call.apg != kNone && call.eta != 1, false, false, 1, 0, {}, {}};
     const int64_t least = (call.values + kMostChunks - 1) / kMostChunks;
     job.chunk = (least + kMeasured - 1) / kMeasured * kMeasured;
     job.chunks = (call.values + job.chunk - 1) / job.chunk;
@@ -291,7 +290,6 @@ Job prepare(const Call& call) {
         if (call.links[l].base != call.links[l - 1].fresh) job.at_once = 1;
     job.usual = is_usual(job);
     job.sums.resize(call.frames * job.chunks * call.link_count * 3);
-    job.weights.resize(call.frames * (2 * call.link_count + 1));
     const int64_t numbers = call.coefficients ? call.output_count * (2 + call.history_count) : 0;
     job.coefficients.assign(call.coefficients, call.coefficients + numbers);
     return job;
@@ -304,35 +302,40 @@ BERNINI_API void bernini_guide(const Call* described, int threads) {
     const Call& call = *described;
     Job job = prepare(call);
     const bool two_passes = job.measures || call.buffer;
-    const int64_t items = call.frames * job.chunks;
+    const int64_t items = call.frames * job.chunks, width = 2 * call.link_count + 1;
     const auto measure = call.predictions[0].is_bf16 ? measure_bf16 : measure_f32;
     const auto write = call.predictions[0].is_bf16 ? write_bf16 : write_f32;
-    // Frame by frame, threads need not wait for each other and find again what they have just read. The frames that are
-    // then left over, fewer than threads, are shared out in chunks.
-    const int64_t alone = two_passes && call.apg == kFrame ? call.frames - call.frames % threads : 0;
-    const int64_t first = alone * job.chunks;
-    if (!two_passes) weigh(job, 0, call.frames);
+    // Threads that take equal shares of a frame through both passes find them again in their own caches, and wait for
+    // each other once a frame. Where shares would be small, all frames go through the first pass before the second.
+    const bool by_frames = two_passes && call.apg == kFrame && job.chunks >= kLeastShare * threads;
+    std::vector<float> all(call.frames * width);  // weights
+    if (!two_passes) weigh(job, 0, call.frames, all.data());
 #pragma omp parallel num_threads(threads) if (items * job.chunk * call.prediction_count * 4 > kParallelBytes)
     {
-        std::vector<float> memory(job.scratch + kCacheLine);
+        std::vector<float> memory(job.scratch + kCacheLine), own(width);
         const intptr_t past = reinterpret_cast<intptr_t>(memory.data()) / sizeof(float) % kCacheLine;
         float* scratch = memory.data() + (kCacheLine - past) % kCacheLine;
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t frame = 0; frame < alone; ++frame) {
+        for (int64_t frame = 0; by_frames && frame < call.frames; ++frame) {
+#pragma omp for schedule(static)
             for (int64_t number = 0; number < job.chunks; ++number) measure(job, frame, number, scratch);
-            weigh(job, frame, 1);
+            weigh(job, frame, 1, own.data());
             // In the same direction again: nearness to what was read last gains less than the processor's foresight.
-            for (int64_t number = 0; number < job.chunks; ++number) write(job, frame, number, scratch);
+#pragma omp for schedule(static) nowait
+            for (int64_t number = 0; number < job.chunks; ++number) write(job, frame, number, own.data(), scratch);
         }
-        if (two_passes && alone < call.frames) {
+        if (two_passes && !by_frames) {
 #pragma omp for schedule(dynamic)
-            for (int64_t item = first; item < items; ++item)
-                measure(job, item / job.chunks, item % job.chunks, scratch);
+            for (int64_t item = 0; item < items; ++item) measure(job, item / job.chunks, item % job.chunks, scratch);
 #pragma omp single
-            weigh(job, alone, call.frames - alone);
+            weigh(job, 0, call.frames, all.data());
         }
+        if (!by_frames) {
 #pragma omp for schedule(dynamic)
-        for (int64_t item = first; item < items; ++item) write(job, item / job.chunks, item % job.chunks, scratch);
+            for (int64_t item = 0; item < items; ++item) {
+                const int64_t frame = item / job.chunks;
+                write(job, frame, item % job.chunks, all.data() + frame * width, scratch);
+            }
+        }
         fence();
     }
 }

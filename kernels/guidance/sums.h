@@ -47,7 +47,8 @@ struct Call {
 constexpr int64_t kMeasured = 1024, kBlock = 512;
 constexpr int64_t kFinished = 256;   // of the second pass where it is one loop: short bursts past the cache
 constexpr int64_t kCacheLine = 16;   // values; a vector that crosses its border takes twice as long
-constexpr int64_t kMostChunks = 32;  // per frame: what is shared out to the threads
+constexpr int64_t kMostChunks = 64;  // per frame: what is shared out to the threads
+constexpr int64_t kLeastShare = 8;   // chunks of a frame for each thread, so that one more or less hardly counts
 constexpr int64_t kAtOnce = 4;  // links of a chain, or terms, in registers
 constexpr float kZeros[kBlock] = {};
 constexpr double kFrameNormFloor = 1e-12, kGlobalEps = 1e-8;  // as in reference.py
@@ -62,8 +63,7 @@ struct Job {
     bool usual;                  // whether the second pass is one loop
     int64_t at_once;             // links: of a chain, where each begins with the prediction that the last ended with
     int64_t scratch;             // values that a thread needs room for
-    std::vector<double> sums;    // [F, chunks, links, 3]
-    std::vector<float> weights;  // [F, 2 links + 1]: of the differences, of the p[fresh], of the latent
+    std::vector<double> sums;  // [F, chunks, links, 3]
     std::vector<float> coefficients;
 };
 
@@ -165,8 +165,9 @@ BERNINI_CLONES void measure_bf16(Job& job, int64_t frame, int64_t number, float*
     measure_chunk<bf16>(job, frame, number, scratch);
 }
 
-// The weights of `count` frames from their sums; without sums (no projection and no threshold) from the scales alone.
-void weigh(Job& job, int64_t first, int64_t count) {
+// The weights `to` [count, 2 links + 1] of some frames from their sums; without sums (no projection and no threshold)
+// from the scales alone.
+void weigh(const Job& job, int64_t first, int64_t count, float* to) {
     const Call& call = job.call;
     const int64_t links = call.link_count, width = 2 * links + 1;
     const int64_t together = call.apg == kGlobal ? count : 1;
@@ -178,7 +179,6 @@ void weigh(Job& job, int64_t first, int64_t count) {
         if (job.measures)
             for (int64_t chunk = frame * job.chunks; chunk < (frame + together) * job.chunks; ++chunk)
                 for (int64_t s = 0; s < 3 * links; ++s) sums[s] += job.sums[chunk * 3 * links + s];
-        float* to = job.weights.data() + frame * width;
         double of_latent = 0;
         for (int64_t l = 0; l < links; ++l) {
             const double squares = kept * kept * sums[3 * l], along = kept * sums[3 * l + 1], size = sums[3 * l + 2];
@@ -195,6 +195,7 @@ void weigh(Job& job, int64_t first, int64_t count) {
         }
         to[2 * links] = static_cast<float>(of_latent);
         for (int64_t other = 1; other < together; ++other) std::copy(to, to + width, to + other * width);
+        to += together * width;
     }
 }
 
