@@ -21,11 +21,11 @@ from .shipped import shipped
 CAPTION = "the toy that comes with the package, on scenes that it has never seen"
 
 SCENES: Mapping[str, Scene] = {
-    "circle.mp4": Scene("olive", (Thing("circle", "red", "large", "right", (10.0, 18.0), 1.0),)),
-    "square.png": Scene("gray", (Thing("square", "green", "large", "still", (14.0, 18.0)),)),
-    "triangle.png": Scene("white", (Thing("triangle", "purple", "large", "still", (14.0, 14.0)),)),
+    "circle.mp4": Scene("olive", (Thing("circle", "red", "large", "right", (12.0, 20.0), 1.0),)),
+    "square.png": Scene("gray", (Thing("square", "green", "large", "still", (20.0, 12.0)),)),
+    "triangle.png": Scene("white", (Thing("triangle", "purple", "large", "still", (12.0, 20.0)),)),
 }
-"""What is drawn, by file."""
+"""What is drawn, by file; as in the world, a reference shows its thing where the video begins with it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ PARTS = (
     Part("t2v", "a large orange square moves right on a navy background"),
     Part("i2i", "recolor the square to yellow", images=("square.png",), suffix=".png"),
     Part("v2v", "change the background to white", videos=("circle.mp4",)),
-    Part("r2v", "a video in which the object in the image moves left, black background", images=("triangle.png",)),
+    Part("r2v", "a video in which the object in the image moves right, black background", images=("triangle.png",)),
     Part("rv2v", "replace the circle with the one in the reference image", ("circle.mp4",), ("triangle.png",)),
 )
 

@@ -98,8 +98,9 @@ def _begin_renderer(tensors: dict[str, Tensor], config: RendererConfig) -> None:
     """Initial weights from which a small renderer soon learns to look at places and not at the mean of all.
 
     With torch's own, q and k of RMS 1 under rotations of few pairs tell neighboring places hardly apart. So the heads
-    take turns: one prefers its own place in its own segment, one its own place in the first source, and one is free.
-    Measured on edits over 400 steps: a loss of 0.45 instead of 0.51.
+    take turns: one prefers its own place in its own segment, one its own place in the first source, and one is free; of
+    these every second prefers its own place in the second source, where the reference is when a video is edited by one.
+    Measured on edits over 400 steps, without the last: a loss of 0.45 instead of 0.51.
     """
     heads, dim = config.num_attention_heads, config.attention_head_dim
     side = dim // 6
@@ -113,11 +114,12 @@ def _begin_renderer(tensors: dict[str, Tensor], config: RendererConfig) -> None:
         to_q.zero_()
         to_k.zero_()
         for head in range(heads):
-            if head % 3 == 2:
+            source = (0, 1, 2 if head % 2 else None)[head % 3]
+            if source is None:
                 continue
             for pair, size in ((start + n, PLACE / (1 + n)) for start in starts for n in range(2)):
-                # The first source's id turns its keys by this angle; k begins turned back by it.
-                turn = 10000.0 ** (-2 * pair / dim) if head % 3 == 1 else 0.0
+                # A source's id turns its keys by this angle; k begins turned back by it.
+                turn = source * 10000.0 ** (-2 * pair / dim)
                 to_q[head, pair, 0] = size
                 to_k[head, pair] = torch.tensor([size * math.cos(turn), -size * math.sin(turn)])
                 norm_q[head, pair] = norm_k[head, pair] = SHARP

@@ -34,12 +34,12 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "olive": (95, 105, 45),
 }
 SHAPES = ("square", "circle", "triangle", "cross", "ring", "digit")
-RADII: dict[str, float] = {"small": 6.0, "large": 10.0}
+RADII: dict[str, float] = {"small": 8.0, "large": 12.0}
 """Half the side of a thing's box."""
-GRID = 4
-"""The edges of things begin at multiples of so many pixels: whole cells of the toy's autoencoder."""
+GRID = 8
+"""The edges of things begin at multiples of so many pixels: whole tokens of the toy's renderer."""
 SPEEDS = (1.0, 2.0)
-"""Pixels per frame. What moves is on the grid again after 4 frames, which are one latent; at half a speed after 8."""
+"""Pixels per frame. The faster are on the grid again after 4 frames, which are one latent, the others after 8."""
 MOTIONS: dict[str, tuple[int, int]] = {
     "still": (0, 0),
     "left": (-1, 0),

@@ -54,6 +54,10 @@ WITHHELD = frozenset(
 DISTRACTED, DIGIT = 0.3, 0.3
 """Shares of scenes with a second thing, and of things that are a digit where any shape may be."""
 
+REFERRED = 0.6
+"""The share of digits in place of :data:`DIGIT` among the things of references in training: there an image of hundreds
+is to be copied, and of other things only one of five shapes."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -147,7 +151,9 @@ class _Maker:
     def allowed(self, thing: Thing) -> bool:
         return (thing.color, thing.shape) not in WITHHELD
 
-    def look(self, shapes: Sequence[str] = SHAPES, *, asked_for: bool = False) -> tuple[str, str, int | None]:
+    def look(
+        self, shapes: Sequence[str] = SHAPES, *, asked_for: bool = False, referred: bool = False
+    ) -> tuple[str, str, int | None]:
         """(shape, color, digit); what is asked for is of a withheld combination in the split for these."""
         rng = self.rng
         if asked_for and self.split == "unseen":
@@ -155,18 +161,19 @@ class _Maker:
             color, shape = pairs[int(rng.integers(len(pairs)))]
             return shape, color, None
         plain = [shape for shape in shapes if shape != "digit"]
-        shape = "digit" if "digit" in shapes and (not plain or rng.random() < DIGIT) else words.pick(rng, plain)
+        share = REFERRED if referred and self.split == "train" else DIGIT
+        shape = "digit" if "digit" in shapes and (not plain or rng.random() < share) else words.pick(rng, plain)
         colors = [color for color in COLORS if (color, shape) not in WITHHELD]
         numbers = digit_numbers(self.split != "train")
         return shape, words.pick(rng, colors), int(rng.choice(numbers)) if shape == "digit" else None
 
     def thing(
         self, motion: str | None = None, *, size: str | None = None, shapes: Sequence[str] = SHAPES,
-        asked_for: bool = False,
+        asked_for: bool = False, referred: bool = False,
     ) -> Thing:  # fmt: skip
         """One that stays in the picture with all of it in every frame."""
         rng = self.rng
-        shape, color, digit = self.look(shapes, asked_for=asked_for)
+        shape, color, digit = self.look(shapes, asked_for=asked_for, referred=referred)
         motion = words.pick(rng, tuple(MOTIONS)) if motion is None else motion
         size = words.pick(rng, tuple(RADII)) if size is None else size
         return self.placed(Thing(shape, color, size, motion, (0.0, 0.0), _speed(rng, motion, size), digit))
@@ -201,9 +208,13 @@ class _Maker:
         return None
 
 
+def speeds(size: str) -> list[float]:
+    """Those with which a thing of that size can cross the picture and stay in it."""
+    return [speed for speed in SPEEDS if speed * (FRAMES - 1) <= SIZE - 2 * RADII[size]]
+
+
 def _speed(rng: np.random.Generator, motion: str, size: str) -> float:
-    """One of those with which a thing of that size can cross the picture and stay in it."""
-    fitting = [speed for speed in SPEEDS if speed * (FRAMES - 1) <= SIZE - 2 * RADII[size]]
+    fitting = speeds(size)
     return fitting[int(rng.integers(len(fitting)))] if motion != "still" else 0.0
 
 
@@ -320,12 +331,13 @@ def _together(rng: np.random.Generator, one: Thing, other: Thing) -> tuple[Thing
 
 
 def _referred(maker: _Maker, task: str, seed: int) -> Sample:
-    """Things of one or two reference pictures, each on a background of its own, together in a scene."""
-    main = maker.thing(asked_for=True)
+    """Things of one or two reference pictures, each on a background of its own, together in a scene. A picture shows
+    its thing where the video begins with it."""
+    main = maker.thing(asked_for=True, referred=True)
     scene = maker.scene(main, shares=0.5)
     references = []
     for thing in reversed(scene.things):  # the main one is image 1
-        still = maker.placed(replace(thing, motion="still", speed=0.0))
+        still = replace(thing, motion="still", speed=0.0)
         references.append(Scene(maker.background(), (still,)))
     prompt = words.arrange(maker.rng, scene, len(references))
     images = tuple(draw(reference, 1)[0] for reference in references)
@@ -335,11 +347,11 @@ def _referred(maker: _Maker, task: str, seed: int) -> Sample:
 
 
 def _replaced(maker: _Maker, task: str, seed: int) -> Sample:
-    """A thing of a video gives its place, size and motion to the one in a reference picture."""
+    """A thing of a video gives its motion to the one in a reference picture, which has its size and first place."""
     start = maker.thing()
     before = maker.scene(start)
     for _ in range(100):
-        new = maker.thing("still", asked_for=True)
+        new = replace(maker.thing("still", size=start.size, asked_for=True, referred=True), start=start.start)
         others = before.things[:-1]
         if (new.shape, new.color, new.digit) != (start.shape, start.color, start.digit) and all(
             new.shape != other.shape and new.color != other.color for other in others

@@ -25,8 +25,8 @@ import numpy as np
 
 from ..data import words
 from ..data.scene import Frames, Scene, Thing, digits
-from ..data.world import Sample, edited_region
-from .identity import Match, identify, identify_found
+from ..data.world import Sample, edited_region, speeds
+from .identity import Match, identify
 from .measure import Found, Mask, View, view
 
 REACH = 8.0
@@ -92,24 +92,23 @@ def judge(sample: Sample, frames: Frames) -> Verdict:
         psnr_outside = psnr(frames, source, ~region)
     if sample.edit in DETERMINED or sample.task == "rv2v":
         truth = psnr(frames, sample.target)
-    match = identity(sample, frames, main)
+    match = identity(sample, frames)
     right = None if match is None else match.number == sample.scene.main.digit
     return Verdict(checks, psnr_outside, truth, right)
 
 
-def identity(sample: Sample, frames: Frames, main: Found | None = None) -> Match | None:
+def identity(sample: Sample, frames: Frames) -> Match | None:
     """The image of the digit that was to be put in, as seen in frames; ``None`` where the sample has none.
 
-    Args:
-        main: the thing in r2v, where no place is given; looked for by default.
+    In r2v a reference shows where the video begins, and the prompt which way it goes but not how fast: of the world's
+    speeds the one counts at which the thing is most like an image.
     """
     if sample.task not in ("r2v", "rv2v") or sample.scene is None or sample.scene.main.digit is None:
         return None
     thing = sample.scene.main
-    if sample.task == "rv2v":
-        return identify(frames, thing)
-    main = _assigned(sample, view(frames))[0] if main is None else main
-    return Match(-1, 0.0) if main is None else identify_found(main.ink, thing.size)
+    free = sample.task == "r2v" and thing.motion != "still"
+    found = [identify(frames, replace(thing, speed=s)) for s in (speeds(thing.size) if free else [thing.speed])]
+    return max(found, key=lambda match: match.correlation)
 
 
 def psnr(frames: Frames, wanted: Frames, where: Mask | None = None) -> float:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ..data import world
 from ..data.scene import RADII, SIZE, Frames, Thing
-from .templates import Array, centroids, cover, normal
+from .measure import background
+from .templates import Array, cover, normal
 
 SIDE = 8
 """Of a digit's image in scikit-learn's set."""
@@ -38,7 +39,7 @@ def identify(frames: Frames, thing: Thing) -> Match:
 
     What in the box differs from the background is taken as ink, whatever its color.
     """
-    ground = np.median(frames.reshape(-1, 3), axis=0).astype(np.float32)
+    ground = background(frames)
     excess = frames.astype(np.float32) - ground
     places = np.array([thing.place(frame) for frame in range(len(frames))])
     inside = np.zeros(frames.shape[:3], bool)
@@ -48,34 +49,26 @@ def identify(frames: Frames, thing: Thing) -> Match:
     strongest = np.linalg.norm(excess[inside], axis=-1)
     axis = (excess[inside] * strongest[:, None]).sum(0)  # strong pixels decide what the ink's color is
     ink = (excess @ (axis / max(float(np.linalg.norm(axis)), 1e-6))).astype(np.float32)
-    return _best(_pooled(ink, places, thing.radius), _gallery(thing.size, at_middle=False))
-
-
-def identify_found(ink: Array, size: str) -> Match:
-    """The same where no place was given: the ink ``[F, 32, 32]`` of a thing, cropped about its own middle."""
-    path = centroids(ink)
-    there = np.isfinite(path).all(1)
-    if not there.any():
-        return Match(-1, 0.0)
-    return _best(_pooled(ink[there], path[there], RADII[size]), _gallery(size, at_middle=True))
+    return _best(_pooled(ink, places, thing.radius), _gallery(thing.size))
 
 
 def _best(seen: Array, gallery: Array) -> Match:
     alike = gallery @ normal(seen.reshape(1, -1))[0]
     best = int(alike.argmax())
+    if alike[best] <= 0:  # nothing is there
+        return Match(-1, 0.0)
     return Match(int(world.digit_numbers(True)[best // len(PHASES)]), float(alike[best]))
 
 
 @functools.cache
-def _gallery(size: str, *, at_middle: bool) -> Array:
-    """``[4 * G, 64]``: every held-out digit at :data:`PHASES`, cropped about its ink's middle or its box's."""
+def _gallery(size: str) -> Array:
+    """``[4 * G, 64]``: every held-out digit at :data:`PHASES`, cropped by its box."""
     rows = []
     for number in world.digit_numbers(True):
         for x, y in PHASES:
             middle = (SIZE / 2 + x, SIZE / 2 + y)
             ink = cover(Thing("digit", "yellow", size, "still", middle, 0.0, int(number)))
-            place = centroids(ink) if at_middle else np.array([middle])
-            rows.append(_pooled(ink, place, RADII[size]).reshape(-1))
+            rows.append(_pooled(ink, np.array([middle]), RADII[size]).reshape(-1))
     return normal(np.stack(rows))
 
 

@@ -19,12 +19,17 @@ Mask = NDArray[np.bool_]
 FAINT = 25.0
 """Distance in RGB (0 to 255 each) within which a pixel is background; noise of sigma 10 stays below it once smoothed.
 The least contrast in the world is 94, green on olive."""
+NEAR = 60.0
+"""Distance within which a pixel may be of a named background; of two such, as of brown and olive, either does. No
+thing's color is nearer than 94 to one."""
 ODD = 30.0
 """Distance within which a color explains a pixel."""
 SOLID = 0.33
 """Amount of a thing's color from which on a pixel surely belongs to it."""
 LEAST = 4
 """Pixels per frame, on average, below which something is a speck and no thing."""
+PLAIN = 0.3
+"""Share of pixels that a plain background has at least; the largest thing of the world leaves 44 %."""
 STILL = 0.15
 """Speed in pixels per frame below which a thing stands. The slowest in the world have 0.3."""
 
@@ -65,14 +70,22 @@ def view(frames: Frames) -> View:
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"view: frames must be uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}")
-    ground = np.median(frames.reshape(-1, 3), axis=0).astype(np.float32)  # things cover a third at most
+    ground = background(frames)
     excess = frames.astype(np.float32) - ground
     smooth = smoothed(excess)
-    plain = float((np.linalg.norm(smooth, axis=-1) < FAINT).mean()) > 0.5
+    plain = float((np.linalg.norm(smooth, axis=-1) < FAINT).mean()) > PLAIN
     found = [_found(excess, ground, color, support) for color, support in _segments(smooth, ground)]
     things = [thing for thing in found if np.isfinite(thing.path).any()]  # where two touch is a sliver of both colors
     things.sort(key=lambda thing: -float(thing.ink.sum()))
     return View(_nearest(ground, BACKGROUNDS) if plain else None, tuple(things))
+
+
+def background(frames: Frames) -> Array:
+    """``[3]``: the color behind the things: of the named ones that most pixels come near to, as it is seen."""
+    pixels = frames.reshape(-1, 3).astype(np.float32)
+    near = np.linalg.norm(pixels[None] - np.array(list(BACKGROUNDS.values()), np.float32)[:, None], axis=-1) < NEAR
+    most = near[near.sum(1).argmax()]
+    return np.median(pixels[most] if most.any() else pixels, axis=0).astype(np.float32)
 
 
 def direction(path: NDArray[np.float64]) -> str | None:

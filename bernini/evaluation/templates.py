@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from ..data import world
 from ..data.scene import BACKGROUNDS, COLORS, RADII, SHAPES, SIZE, Scene, Thing, digits, draw
 
-WINDOW = 19
-"""Side of the square in which pictures are compared: the large box of 15 pixels, and 2 at each side."""
+WINDOW = 29
+"""Side of the square in which pictures are compared, with a pixel in its middle: the large box of 24 pixels, and 2 at
+each side."""
 LIKE = 0.7
 """A thing less alike than this to all pictures has no shape. Truths, blurred and noisy, are above 0.8."""
 

@@ -252,11 +252,11 @@ def test_a_leak_in_numbers() -> None:
     drawn = referred()
     assert drawn.target is not None and drawn.scene is not None
     right = leak(drawn, drawn.target)
-    assert right.leak is not None and right.leak < 0.03 and right.overshoot == 0
+    assert right.leak is not None and right.leak < 0.05 and right.overshoot == 0
     painted = drawn.target.copy()
     painted[:, :8] = BACKGROUNDS[drawn.sources[1].background]
     wrong = leak(drawn, painted)
-    assert wrong.leak is not None and 0.25 <= wrong.leak < 0.28 and wrong.other == pytest.approx(right.other, abs=0.01)
+    assert wrong.leak is not None and 0.25 <= wrong.leak < 0.29 and wrong.other == pytest.approx(right.other, abs=0.01)
     bright = leak(drawn, np.full_like(drawn.target, 255))
     assert bright.overshoot == 5
     text = sample("t2v", 0, "test")

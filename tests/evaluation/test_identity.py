@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,8 +13,7 @@ from bernini.data import world
 from bernini.data.scene import BACKGROUNDS, COLORS, Scene, Thing, draw
 from bernini.data.world import sample
 from bernini.evaluation.checks import identity, judge
-from bernini.evaluation.identity import identify, identify_found
-from bernini.evaluation.measure import view
+from bernini.evaluation.identity import identify
 
 HELD = world.digit_numbers(True)
 
@@ -20,18 +21,16 @@ HELD = world.digit_numbers(True)
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_held_out_digits_are_told_apart(size: str) -> None:
     rng = np.random.default_rng(0)
-    by_box, by_place = [], []
+    right = []
     for number in HELD[::15]:
         color, background = str(rng.choice(list(COLORS))), str(rng.choice(list(BACKGROUNDS)))
-        start = (float(rng.uniform(8, 10)), float(rng.uniform(8, 24)))
-        thing = Thing("digit", color, size, "right", start, 1.3, int(number))
+        start = (float(rng.uniform(12, 13)), float(rng.uniform(12, 20)))
+        thing = Thing("digit", color, size, "right", start, 0.8, int(number))
         frames = draw(Scene(background, (thing,)))
         match = identify(frames, thing)
-        by_box.append(match.number == number)
+        right.append(match.number == number)
         assert match.correlation > 0.97
-        (found,) = view(frames).things
-        by_place.append(identify_found(found.ink, size).number == number)
-    assert np.mean(by_box) == 1 and np.mean(by_place) >= 0.95, (np.mean(by_box), np.mean(by_place))
+    assert np.mean(right) == 1
 
 
 def test_the_gallery_is_the_held_out_digits() -> None:
@@ -73,4 +72,18 @@ def test_nothing_is_no_image() -> None:
     empty = np.full((9, 32, 32, 3), 10, np.uint8)
     match = identity(made, empty)
     assert match is not None and match.number == -1
-    assert identify_found(np.zeros((9, 32, 32), np.float32), "small").number == -1
+
+
+def test_how_fast_a_thing_goes_is_free_where_no_video_tells() -> None:
+    for seed in range(200):
+        made = sample("r2v", seed, "test")
+        assert made.scene is not None
+        thing = made.scene.main
+        if thing.digit is not None and thing.size == "small" and thing.motion != "still":
+            break
+    other = replace(thing, speed=3 - thing.speed)
+    match = identity(made, draw(Scene(made.scene.background, (other,))))
+    assert match is not None and match.number == thing.digit
+    elsewhere = replace(thing, start=(thing.start[1], thing.start[0] + 8), motion="still", speed=0.0)
+    match = identity(made, draw(Scene(made.scene.background, (elsewhere,))))
+    assert match is not None and match.correlation < 0.9

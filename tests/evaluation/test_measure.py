@@ -113,8 +113,8 @@ def test_noise_and_nothing_are_no_answer() -> None:
 
 
 def test_touching_things_are_two() -> None:
-    one = Thing("square", "red", "small", "still", (10.0, 16.0))
-    other = Thing("circle", "blue", "small", "still", (22.0, 16.0))
+    one = Thing("square", "red", "small", "still", (8.0, 16.0))
+    other = Thing("circle", "blue", "small", "still", (24.0, 16.0))
     seen = view(draw(Scene("gray", (one, other))))
     assert {(thing.color, thing.look.shape, thing.look.size) for thing in seen.things} == {
         ("red", "square", "small"), ("blue", "circle", "small")
@@ -135,7 +135,7 @@ def test_shapes_in_both_sizes_and_where_they_are() -> None:
     for shape in SHAPES:
         for size in ("small", "large"):
             digit = int(world.digit_numbers(True)[7]) if shape == "digit" else None
-            thing = Thing(shape, "yellow", size, "diagonally down", (10.3, 10.1), 1.4, digit)
+            thing = Thing(shape, "yellow", size, "diagonally down", (12.3, 12.1), 0.9, digit)
             (found,) = view(draw(Scene("navy", (thing,)))).things
             assert (found.look.shape, found.look.size, found.motion) == (shape, size, "diagonally down")
             away = [np.linalg.norm(found.path[frame] - thing.place(frame)) for frame in range(9)]
