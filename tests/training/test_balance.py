@@ -189,7 +189,8 @@ def test_a_windows_gradient_is_that_of_the_plain_mean(kind: str, opened: Any) ->
     want = own.plain(drawn(own.stage(), 3))
     for size in RANKS.get(kind, (2,)):
         _, got = own.window(size, 3, **WINDOW)
-        assert error(got, want) < 1e-10, size
+        # On plain pictures patches are alike to the vision tower, and differences of near equals keep fewer digits.
+        assert error(got, want) < (1e-9 if kind == "understanding" else 1e-10), size
     if kind == "renderer":  # without the weights the steps' means count alike, however many examples they have
         assert error(own.window(2, 3, weighted=False, **WINDOW)[1], want) > 1e-3
 
