@@ -231,6 +231,16 @@ def test_both_models_of_stage_three() -> None:
     assert found.most in found.parts and found.host > 0
 
 
+def test_a_planner_that_is_only_read_has_no_backward() -> None:
+    both, read = (
+        track(replace(recipe("joint"), train_planner=way), SIZES, Settings(fsdp="none"), work(24))
+        for way in (True, False)
+    )
+    assert read.parameters == track(recipe("renderer"), SIZES, Settings(fsdp="none"), work(24)).parameters
+    assert read.parameters < both.parameters and read.most.total < both.most.total
+    assert {name[-1] for name in (part.name for part in read.parts) if name[0] == "planner"} == {"forward"}
+
+
 def _bytes(count: int) -> dict[str, int]:
     return {**dict.fromkeys(CATEGORIES, 0), "activations": count}
 

@@ -131,7 +131,7 @@ def micro(recipe: Recipe, stage: Stage, models: Models, sizes: Dimensions, work:
         layouts["renderer"] = _layout(shapes, models)
         content = [item] if content is None else Both(content, (item,), (True,))
     tokens = sum(layout.tokens for layout in layouts.values())
-    counts = {name: 1.0 for name, need in (("visual", "planner"), ("dit", "renderer")) if need in needs}
+    counts = {name: 1.0 for name in ("visual", "dit") if name in stage.weights}
     return Batch(Micro(content, counts, tokens, (example.key,), (), 1), layouts)
 
 

@@ -159,6 +159,8 @@ class Recipe:
         steps: optimizer steps in all.
         expert: which one stage II and III train: of noise above the checkpoint's boundary, below, or its only one.
         train_text_encoder: whether T5 is trained with the renderer (paper section 4.1).
+        train_planner: of stage III: whether the planner is trained too; otherwise the renderer learns to read it as it
+            is, from examples with a target alone, for three quarters of a step's time (the toy's).
         precision: of the computation; weights are kept and updated in float32.
         recompute: keep only the blocks' inputs and compute the rest again in backward.
         sequence: processes that share each packed sequence; of several processes, a number that divides theirs.
@@ -178,6 +180,7 @@ class Recipe:
     seed: int = 0
     expert: Literal["high", "low", "only"] = "only"
     train_text_encoder: bool = False
+    train_planner: bool = True
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     recompute: bool = False
     sequence: int = 1
@@ -350,6 +353,8 @@ def _check(recipe: Recipe, path: str) -> None:
         refuse("offload.policy", repr(recipe.offload.policy), f"'none' in the stage {recipe.stage!r}")
     if recipe.offload.host_gib < 0:
         refuse("offload.host_gib", recipe.offload.host_gib, "at least 0")
+    if not recipe.train_planner and recipe.stage != "joint":
+        refuse("train_planner", "false", f"true in the stage {recipe.stage!r}")
     if not 0 <= recipe.ema < 1:
         refuse("ema", recipe.ema, "at least 0 and below 1")
     if recipe.seed < 0:

@@ -58,6 +58,7 @@ def test_values_defaults_and_overrides(file: Path) -> None:
         ("noise.low=0.9", None),
         ("noise.low=1.5", "a range inside"),
         ("ema=1", "below 1"),
+        ("train_planner=false", "train_planner must be true in the stage"),
         ("dropout.text=2", "a probability"),
         ("mask_ratio=[1]", "two positive numbers, or empty"),
         ("mask_ratio=[0, 1]", "two positive numbers, or empty"),

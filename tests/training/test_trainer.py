@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bernini.errors import UserError
 from bernini.training import checkpoints, keeping
-from bernini.training.recipe import Offload
+from bernini.training.recipe import Offload, Part
 from bernini.training.stages import make_stage
 from bernini.training.trainer import LOG, MODEL, Progress, Trainer
 
@@ -104,6 +104,29 @@ def test_the_weights_learn_and_the_average_is_exported(model: Path, features: Pa
     assert changed and all(name.startswith("diff_dec.") for name in changed)
     mean = trainer.weights.ema["renderer/proj_out.weight"]
     assert torch.equal(after["diff_dec.transformer.proj_out.weight"], mean)
+
+
+def test_a_planner_that_is_only_read(model: Path, features: Path, tmp_path: Path) -> None:
+    """The renderer learns from what it learns from beside the planner, and the planner stays as it is, to the bit."""
+    data = (Part(str(features), tasks={"t2v": 1.0, "r2v": 1.0}),)
+    recipe = small.recipe("joint", model, tmp_path / "both", features, data=data, steps=2)
+    run(recipe)
+    run(replace(recipe, train_planner=False, output=str(tmp_path / "one")))
+    both, one = losses_of(tmp_path / "both"), losses_of(tmp_path / "one")
+    assert one[0]["dit"] == both[0]["dit"] and {"text", "visual"}.isdisjoint(one[0])
+    assert one[1]["dit"] != both[1]["dit"] and one[1]["batch"] == both[1]["batch"]
+    trained = end_of(tmp_path / "one")
+    assert {name.split("/")[1] for name in trained if name.startswith("weights/")} == {"renderer", "text_encoder"}
+    before = load_file(model / "bernini" / "model.safetensors")
+    after = load_file(tmp_path / "one" / MODEL / "bernini" / "model.safetensors")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("diff_dec.") for name in changed)
+
+
+def test_a_planner_that_is_only_read_takes_no_answers(model: Path, features: Path, tmp_path: Path) -> None:
+    data = (Part(str(features), tasks={"t2v": 1.0, "understanding": 1.0}),)
+    trainer = run(small.recipe("joint", model, tmp_path, features, data=data, steps=2, train_planner=False))
+    assert trainer.skipped.counts["wrong stage"] == trainer.skipped.total > 0
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp64"])

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ...data.example import Example
@@ -46,7 +47,7 @@ class Both:
 
 
 class JointStage:
-    """Losses: ``text``, ``visual`` and ``dit``."""
+    """Losses: ``text``, ``visual`` and ``dit``; of a planner that is not trained, ``dit`` alone."""
 
     def __init__(self, recipe: Recipe, models: Models, mixture: Mixture, mesh: Mesh | None = None) -> None:
         assert models.renderer is not None and models.planner is not None and models.text is not None
@@ -54,16 +55,20 @@ class JointStage:
         self._share = Share(self._mesh.sequence, policy=Policy(self._recipe.swap))
         self.renderer, self.planner, self.text = models.renderer.model, models.planner.model, models.text
         self.planner.visual.requires_grad_(False)
+        if not recipe.train_planner:
+            self.planner.requires_grad_(False)
         self.parts: Mapping[str, nn.Module] = {"planner": self.planner, "renderer": self.renderer}
         if recipe.train_text_encoder:
             self.parts = {**self.parts, "text_encoder": self.text.encoder.model.requires_grad_(True)}
         layers = self.planner.text.layers  # the last one is for answers
         self._keeping = Keeping(recipe, planner=layers[:-1], renderer=self.renderer.blocks, sometimes=layers[-1:])
         self.weights = {"text": recipe.loss.text, "visual": recipe.loss.visual, "dit": recipe.loss.dit}
+        if not recipe.train_planner:
+            self.weights = {"dit": recipe.loss.dit}
         self.talks, self.latents = PlannerDraws(recipe, models.planner), LatentDraws(recipe, models)
         self.batches = Batches(
             recipe, Feed(recipe, mixture, self._cost, self._usable), self._mesh,
-            kinds=KINDS, counts=self._counts, sizes=self._sizes,
+            kinds=KINDS if recipe.train_planner else (), counts=self._counts, sizes=self._sizes,
             workload=counted(
                 self.renderer.config, self.planner.text.config, again=recipe.recompute
             ),
@@ -78,6 +83,8 @@ class JointStage:
 
     def _usable(self, example: Example) -> str | None:
         reason = self.talks.usable(example)
+        if example.target is None and not self._recipe.train_planner:
+            return "no target, and the planner is not trained"
         return reason if reason or example.target is None else self.latents.usable(example)
 
     def _cost(self, example: Example) -> tuple[int, int]:
@@ -90,7 +97,8 @@ class JointStage:
 
     def _counts(self, examples: Sequence[Example]) -> dict[str, float]:
         counts = self.talks.counts(examples)
-        return counts | ({"dit": counts["visual"]} if "visual" in counts else {})
+        counts = counts | ({"dit": counts["visual"]} if "visual" in counts else {})
+        return {name: count for name, count in counts.items() if name in self.weights}
 
     def micro(self, step: int, number: int) -> Micro:
         portion = self.batches.portion(step, number)
@@ -113,10 +121,12 @@ class JointStage:
     def losses(self, micro: Micro, step: int) -> Mapping[str, Tensor]:
         both: Both = micro.content
         share = micro.share or self._share
-        with self._keeping("planner"):
+        trained, found = self._recipe.train_planner, dict[str, Tensor]()
+        with self._keeping("planner") if trained else torch.no_grad():
             outputs = forward(self.planner, both.talk.batch, both.talk.draws, share=share)
-        real = taken(micro.real, share, both.talk.batch.layout.tokens)
-        found = planner_losses(self.planner, outputs, real)
+        if trained:
+            real = taken(micro.real, share, both.talk.batch.layout.tokens)
+            found |= planner_losses(self.planner, outputs, real)
         if both.items:
             states = text_states(self.text.encoder, [item.text for item in both.items])
             plans = [(p, g) for p, g in zip(outputs.contexts, outputs.given, strict=True) if p is not None]

@@ -22,19 +22,23 @@ from bernini.training.trainer import LOG, MODEL
 
 from ...training import small
 
-STAGES = ("vae", "understanding", "planner", "renderer", "joint")
+STAGES = ("vae", "understanding", "planner", "renderer", "joint", "joint-read")
+"""The last one reads a planner that is not trained."""
 STEPS = 50
 ONE_BY_ONE = [[0], [1], [2], [3], [4]]
-PLAIN = {"pixels": ONE_BY_ONE, "features": [[0], [29], [13], [31], [30]]}
+PLAIN = {"pixels": ONE_BY_ONE, "features": [[0], [29], [13], [31], [30]], "targets": [[0], [9], [13], [21], [26]]}
 """Examples of each micro-batch: the plain mean. Of the features 28 and up are of understanding."""
 PACKED = {
     "pixels": {"all": [[0, 1, 2, 3, 4]], "cut": [[0, 1], [2, 3, 4]]},
     "features": {"all": [[0, 29, 13, 31, 30]], "lacks": [[29, 31], [0], [13, 30]]},
+    "targets": {"all": [[0, 9, 13, 21, 26]], "lacks": [[0], [9, 13], [21, 26]]},
 }
 """Other ways to cut the same examples; of two and more ranks some have none in a micro-batch, or none of a kind."""
 
 
 def kind(stage: str) -> str:
+    if stage == "joint-read":
+        return "targets"
     return "pixels" if stage in ("vae", "understanding", "renderer") else "features"
 
 
@@ -49,8 +53,10 @@ class Rounds:
     def gradients(self, stage: str, size: int, **changes: Any) -> dict[str, Any]:
         packings = PACKED[kind(stage)] if size > 1 else {"plain": PLAIN[kind(stage)], **PACKED[kind(stage)]}
         return {
-            **self.given, "kind": "gradients", "stage": stage, "output": str(self.folder / f"{stage}-{size}"),
-            "changes": {"precision": "fp64", **changes}, "optimizer": {"clip": 1e9}, "packings": packings,
+            **self.given, "kind": "gradients", "stage": stage.split("-")[0],
+            "output": str(self.folder / f"{stage}-{size}"),
+            "changes": {"precision": "fp64", "train_planner": stage != "joint-read", **changes},
+            "optimizer": {"clip": 1e9}, "packings": packings,
         }  # fmt: skip
 
     def train(self, name: str, steps: int, optimizer: str, **changes: Any) -> dict[str, Any]:
